@@ -1,0 +1,7 @@
+"""The device library and the contract both tiers share.
+
+Importing this package costs nothing: heavy modules (torch, transformers, confluent-kafka) are imported by the module
+that needs them, at the time it needs them.
+"""
+
+__version__ = "0.1.0"

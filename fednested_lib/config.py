@@ -1,0 +1,163 @@
+"""Device configuration: one YAML file, strict; and the loader both tiers share.
+
+An unknown key, a wrong type or a value out of bounds is one line that names the key, the value, the bound and the file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fednested_lib.envelope import ClientId
+from fednested_lib.errors import ConfigError
+from fednested_lib.signing import HEX64
+
+PublicKey = Annotated[str, Field(pattern=HEX64)]
+
+
+class Section(BaseModel):
+    """Base of configuration sections: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LogConfig(Section):
+    """Where the update log is; the environment variable FEDNESTED_KAFKA_BOOTSTRAP wins."""
+
+    bootstrap: str = "127.0.0.1:9092"
+    timeout_s: float = Field(default=20.0, gt=0, le=600)
+
+    def servers(self) -> str:
+        """Return the bootstrap servers in force now."""
+        return os.environ.get("FEDNESTED_KAFKA_BOOTSTRAP") or self.bootstrap
+
+
+class AdaptersConfig(Section):
+    """Low-rank adapters: `experts` lists the expert ids adapted in every layer, null means all."""
+
+    rank: int = Field(default=8, ge=1, le=256)
+    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
+    experts: list[Annotated[int, Field(ge=0)]] | None = None
+
+
+class LocalTrainingConfig(Section):
+    """Local training of one update: several AdamW steps on the device's own text."""
+
+    steps: int = Field(default=20, ge=2, le=100_000)
+    batch_size: int = Field(default=4, ge=1, le=4096)
+    seq_len: int = Field(default=96, ge=8, le=8192)
+    learning_rate: float = Field(default=4e-3, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    updates_per_base: int = Field(default=1, ge=1, le=1000)
+    max_updates: int | None = Field(default=None, ge=1)
+    pace_s: float = Field(default=0.0, ge=0, le=86_400)
+
+
+class ExportPolicyConfig(Section):
+    """What may leave: distinct-token floor per expert as a multiple of the rank, norm bound, encoding."""
+
+    min_tokens_per_rank: int = Field(default=4, ge=1, le=1000)
+    max_norm: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    encoding: Literal["int8", "fp16", "fp32"] = "int8"
+    outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
+
+
+class ControlConfig(Section):
+    """The control topic: tier 1's public key (pinned) and how often to look."""
+
+    public_key: PublicKey
+    poll_s: float = Field(default=0.5, gt=0, le=3600)
+
+
+class Tier2Config(Section):
+    """One device. Relative paths are relative to the file's directory."""
+
+    client_id: ClientId
+    key_epoch: int = Field(default=0, ge=0)
+    key: Path
+    home: Path
+    data: Path
+    heldout: Path | None = None
+    blobs_uri: str
+    payloads_uri: str
+    log: LogConfig = LogConfig()
+    control: ControlConfig
+    adapters: AdaptersConfig = AdaptersConfig()
+    training: LocalTrainingConfig = LocalTrainingConfig()
+    policy: ExportPolicyConfig = ExportPolicyConfig()
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_yaml(path: str | os.PathLike, model: type[Model], *, command: str) -> Model:
+    """Load one YAML document into a strict model.
+
+    Args:
+        path: the file.
+        model: pydantic class that describes it.
+        command: the command that writes a valid example, named as the remedy.
+
+    Raises:
+        ConfigError: missing file, not YAML, unknown key, wrong type or value.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist: write one with `{command}`") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read ({error}): it must be UTF-8 YAML") from error
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"config file {path} is not YAML{place}: compare with `{command}`") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"config file {path} must hold a mapping, got {type(document).__name__}: write one with `{command}`")
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(path, error, model, command)) from None
+
+
+def _first_problem(path, error: ValidationError, model: type[BaseModel], command: str) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(_fields_at(model, first["loc"][:-1]))
+        return f"config file {path}: unknown key {key}: known here are {known}; remove it or fix its spelling"
+    if first["type"] == "missing":
+        return f"config file {path}: key {key} is missing: add it (`{command}` writes a full example)"
+    return f"config file {path}: {key} = {first['input']!r}: {first['msg']}; fix the value"
+
+
+def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return list(model.model_fields)
+
+
+def load_tier2(path: str | os.PathLike) -> Tier2Config:
+    """Load a device configuration; paths are made absolute relative to the file."""
+    config = load_yaml(path, Tier2Config, command="fednested init-config tier2")
+    base = Path(path).resolve().parent
+    paths = {name: base / getattr(config, name) for name in ("key", "home", "data")}
+    if config.heldout is not None:
+        paths["heldout"] = base / config.heldout
+    uris = {name: resolve_uri(getattr(config, name), base) for name in ("blobs_uri", "payloads_uri")}
+    return config.model_copy(update={**paths, **uris})
+
+
+def resolve_uri(uri: str, base: Path) -> str:
+    """Make a plain relative path absolute; leave URIs with a scheme alone."""
+    return uri if "://" in uri else str(base / uri)

@@ -1,0 +1,241 @@
+"""A delta: what a device learnt, as low-rank factors, and its bytes on the wire.
+
+    delta = local − snapshot,   W ← W + η · (α/r) · B·A        (added with +η, never subtracted)
+
+LoRA (Hu et al. 2021, arXiv 2106.09685): `lora_a` is A [r, d_in], `lora_b` is B [d_out, r]. For each fused expert
+parameter the factors of the experts a device adapted are *stacked*: `lora_a [n, r, d_in]`, `lora_b [n, d_out, r]`; so an
+update has a handful of tensors however many experts the model has, and any subset of experts and any rank is valid.
+
+The payload is a zstd frame around a safetensors file with canonical bytes. Encodings: `fp32`, `fp16`, and `int8`, the
+default: one fp32 scale per rank vector with unbiased stochastic rounding from a counter generator (Philox), so that the
+same seed gives the same bytes on every machine.
+
+The parser trusts nothing: sizes are computed from the envelope before a byte is decompressed, the file must be
+byte-identical to what our writer makes of its tensors (so there is no room for metadata, padding, duplicate keys or
+extra fields), and names, types, shapes and finiteness are checked. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fednested_lib.errors import PayloadError
+
+Encoding = Literal["fp32", "fp16", "int8"]
+ENCODINGS: tuple[str, ...] = ("fp32", "fp16", "int8")
+MAX_RANK = 256
+_HEADER_BYTES_PER_TENSOR = 512  # a generous bound of one safetensors header entry
+_FACTORS = ("lora_a", "lora_b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """Shape of an adapter: `rank` r in 1..256, `alpha` α > 0; the delta is scaled by α/r."""
+
+    rank: int
+    alpha: float
+    mode: Literal["lora"] = "lora"
+
+    def __post_init__(self):
+        if not 1 <= self.rank <= MAX_RANK:
+            raise PayloadError("bad_rank", f"LoRA rank must be 1..{MAX_RANK}, got {self.rank}: set adapters.rank")
+        if not 0 < self.alpha < float("inf"):
+            raise PayloadError("bad_alpha", f"LoRA alpha must be a finite number > 0, got {self.alpha}: set adapters.alpha")
+
+    @property
+    def scale(self) -> float:
+        """α/r."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFactors:
+    """Stacked factors of one fused expert parameter.
+
+    Args:
+        expert_ids: the n experts, ascending.
+        lora_a: float32 [n, r, d_in].
+        lora_b: float32 [n, d_out, r].
+    """
+
+    expert_ids: tuple[int, ...]
+    lora_a: np.ndarray
+    lora_b: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """local − snapshot of one device: factors per fused expert parameter name."""
+
+    spec: AdapterSpec
+    factors: Mapping[str, ExpertFactors]
+
+    @property
+    def size_fp32_bytes(self) -> int:
+        """Bytes of the same factors as plain fp32."""
+        return sum(f.lora_a.size * 4 + f.lora_b.size * 4 for f in self.factors.values())
+
+
+def squared_norm(factors: ExpertFactors, scale: float) -> np.ndarray:
+    """Return ‖(α/r)·B·A‖²_F per expert, fp64 [n], without forming B·A: Σ (BᵀB) ∘ (A·Aᵀ)."""
+    a = factors.lora_a.astype(np.float64)
+    b = factors.lora_b.astype(np.float64)
+    return scale**2 * np.einsum("npq,npq->n", np.matmul(b.transpose(0, 2, 1), b), np.matmul(a, a.transpose(0, 2, 1)))
+
+
+def _round_int8(vectors: np.ndarray, axis: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Stochastically round to int8 with one scale per vector along `axis`; returns (codes, scales)."""
+    peak = np.abs(vectors).max(axis=axis, keepdims=True)
+    # The smallest normal float keeps the quotient finite for subnormal vectors, which round to zero.
+    scale = np.maximum(peak / np.float32(127.0), np.finfo(np.float32).tiny).astype(np.float32)
+    noise = rng.random(vectors.shape, dtype=np.float32)
+    codes = np.clip(np.floor(vectors / scale + noise), -127, 127).astype(np.int8)
+    return codes, np.where(peak > 0, scale, np.float32(0)).squeeze(axis).astype(np.float32)
+
+
+def _encode_tensors(delta: Delta, encoding: str, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(delta.factors):
+        factors = delta.factors[name]
+        for factor, axis in (("lora_a", 2), ("lora_b", 1)):
+            values = np.ascontiguousarray(getattr(factors, factor), dtype=np.float32)
+            if not np.isfinite(values).all():
+                raise PayloadError("non_finite", f"{name}.{factor} has NaN or infinite values: the update is not sent; lower the learning rate")
+            key = f"{name}.{factor}"
+            if encoding == "int8":
+                tensors[key], tensors[f"{key}.scale"] = _round_int8(values, axis, rng)
+            else:
+                tensors[key] = values.astype(np.float16) if encoding == "fp16" else values
+    return tensors
+
+
+def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
+    """Write a delta as payload bytes; equal arguments give equal bytes.
+
+    Args:
+        delta: the factors, all finite.
+        encoding: ``int8`` (default), ``fp16`` or ``fp32``.
+        seed: 0 ≤ seed < 2**128, of the stochastic rounding; by convention H(client id, sequence).
+
+    Raises:
+        PayloadError: unknown encoding or non-finite values.
+    """
+    import cramjam
+    from safetensors.numpy import save
+
+    if encoding not in ENCODINGS:
+        raise PayloadError("bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}: set policy.encoding")
+    return bytes(cramjam.zstd.compress(save(_encode_tensors(delta, encoding, seed)), level=3))
+
+
+def _expected(
+    encoding: str, spec: AdapterSpec, expert_ids: Mapping[int, tuple[int, ...]], shapes: Mapping[str, tuple[int, int, int]]
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Return name → (dtype, shape) of every tensor the payload must hold."""
+    from fednested_lib.partition import expert_param
+
+    dtype = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}[encoding]
+    expected: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    for name, (n_experts, d_out, d_in) in shapes.items():
+        layer, _ = expert_param(name)
+        ids = expert_ids.get(layer, ())
+        if not ids:
+            continue
+        if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= n_experts:
+            raise PayloadError("bad_expert_ids", f"expert ids of layer {layer} must be ascending in 0..{n_experts - 1}, got {list(ids)[:8]}")
+        for factor, shape in (("lora_a", (len(ids), spec.rank, d_in)), ("lora_b", (len(ids), d_out, spec.rank))):
+            expected[f"{name}.{factor}"] = (dtype, shape)
+            if encoding == "int8":
+                expected[f"{name}.{factor}.scale"] = (np.dtype(np.float32), (len(ids), spec.rank))
+    layers = {expert_param(name)[0] for name in shapes}
+    unknown = sorted(set(expert_ids) - layers)
+    if unknown:
+        raise PayloadError("bad_expert_ids", f"layer {unknown[0]} has no experts in this model (layers {min(layers)}..{max(layers)})")
+    if not expected:
+        raise PayloadError("empty_update", "the update adapts no expert")
+    return expected
+
+
+def _decompress(payload: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+    import cramjam
+
+    bound = 16 + sum(_HEADER_BYTES_PER_TENSOR + dtype.itemsize * int(np.prod(shape)) for dtype, shape in expected.values())
+    buffer = np.empty(bound, dtype=np.uint8)  # bounded before a byte is decompressed: no zip bomb
+    try:
+        n = cramjam.zstd.decompress_into(payload, buffer)
+    except Exception as error:  # cramjam raises its own DecompressionError or ValueError
+        raise PayloadError("bad_frame", f"payload is not a zstd frame of at most {bound} bytes ({error})") from error
+    return buffer[:n].tobytes()
+
+
+def _parse(raw: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load, save
+
+    try:
+        tensors = load(raw)
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise PayloadError("bad_tensors", f"payload is not a safetensors file ({error})") from error
+    if set(tensors) != set(expected):
+        odd = sorted(set(tensors) ^ set(expected))[0]
+        raise PayloadError("bad_tensors", f"payload tensors differ from the declared adapter at {odd[:120]!r}")
+    for name, (dtype, shape) in expected.items():
+        found = tensors[name]
+        if found.dtype != dtype or found.shape != shape:
+            raise PayloadError("bad_shape", f"{name} must be {dtype} {list(shape)}, got {found.dtype} {list(found.shape)}")
+    if save(tensors) != raw:
+        raise PayloadError("not_canonical", "payload bytes differ from the canonical file of its tensors (hidden bytes or metadata)")
+    return tensors
+
+
+def decode(
+    payload: bytes,
+    *,
+    encoding: str,
+    spec: AdapterSpec,
+    expert_ids: Mapping[int, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, int, int]],
+) -> Delta:
+    """Parse untrusted payload bytes strictly.
+
+    Args:
+        payload: zstd frame.
+        encoding: as the envelope declares.
+        spec: rank and alpha of the envelope.
+        expert_ids: adapted experts per layer, from the envelope.
+        shapes: (experts, d_out, d_in) of every fused expert parameter of the base model.
+
+    Returns:
+        The delta with float32 factors.
+
+    Raises:
+        PayloadError: with a machine-readable reason.
+    """
+    if encoding not in ENCODINGS:
+        raise PayloadError("bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}")
+    expected = _expected(encoding, spec, expert_ids, shapes)
+    tensors = _parse(_decompress(payload, expected), expected)
+    for name, values in tensors.items():
+        if values.dtype != np.int8 and not np.isfinite(values).all():
+            raise PayloadError("non_finite", f"{name} has NaN or infinite values")
+    from fednested_lib.partition import expert_param
+
+    factors = {}
+    for name in sorted(shapes):
+        ids = tuple(expert_ids.get(expert_param(name)[0], ()))
+        if ids:
+            factors[name] = ExpertFactors(expert_ids=ids, **{factor: _widen(tensors, f"{name}.{factor}", factor) for factor in _FACTORS})
+    return Delta(spec=spec, factors=factors)
+
+
+def _widen(tensors: Mapping[str, np.ndarray], key: str, factor: str) -> np.ndarray:
+    values = tensors[key].astype(np.float32)
+    if f"{key}.scale" in tensors:
+        scale = tensors[f"{key}.scale"]
+        values *= scale[:, :, None] if factor == "lora_a" else scale[:, None, :]
+    return values

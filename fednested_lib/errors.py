@@ -1,0 +1,126 @@
+"""One exception tree for both tiers.
+
+    FednestedError                    exit code 1
+    ├── ConfigError                   2   wrong key, type or bound; a file the configuration names is missing
+    ├── DataError                     3   empty, non-UTF-8 or unusable training data
+    ├── ContractError(reason)         4   bytes from outside break the contract; `reason` is machine readable
+    │   ├── EnvelopeError                 unsigned, altered or malformed envelope
+    │   ├── PayloadError                  a delta that does not match its envelope, or is not finite
+    │   ├── PartitionError                a parameter that no rule names
+    │   └── SnapshotError                 a missing or corrupt blob
+    ├── TransportError                5   a server or store cannot be reached (recoverable: try again)
+    ├── StorageError                  6   full disk, missing permission
+    ├── LogError                      7   the update log lost or re-used offsets
+    ├── ChainError                    8
+    │   ├── ChainConflict                 another committer was first (recoverable: fold again on the new head)
+    │   └── ChainCorrupt                  an entry was altered, removed or signed by a stranger
+    ├── GovernanceError               9
+    │   ├── PolicyDenied                  the policy does not allow it, or cannot decide
+    │   └── PromotionBlocked              a requirement of promotion is missing
+    └── TrainingError                10   the loss is not finite
+
+A message has the name, the value, the bound and the remedy. Our errors are for users, `assert` is for programmers.
+"""
+
+from __future__ import annotations
+
+
+class FednestedError(Exception):
+    """Base of every error that a user of fednested can meet."""
+
+    exit_code = 1
+
+
+class ConfigError(FednestedError):
+    """The configuration is wrong."""
+
+    exit_code = 2
+
+
+class DataError(FednestedError):
+    """The training or evaluation data cannot be used."""
+
+    exit_code = 3
+
+
+class ContractError(FednestedError):
+    """Bytes from outside break the contract.
+
+    Args:
+        reason: machine-readable word, e.g. ``bad_signature``; written to the quarantine topic and the manifest.
+        message: the sentence for a person.
+    """
+
+    exit_code = 4
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class EnvelopeError(ContractError):
+    """The envelope is malformed, unsigned or altered."""
+
+
+class PayloadError(ContractError):
+    """The payload is not what its envelope declares."""
+
+
+class PartitionError(ContractError):
+    """A parameter name is in no group of its model family."""
+
+
+class SnapshotError(ContractError):
+    """A blob of a snapshot is missing or corrupt."""
+
+
+class TransportError(FednestedError):
+    """A server or store cannot be reached; trying again may help."""
+
+    exit_code = 5
+
+
+class StorageError(FednestedError):
+    """The file system refuses: disk full, no permission."""
+
+    exit_code = 6
+
+
+class LogError(FednestedError):
+    """The update log lost or re-used offsets that a cut names."""
+
+    exit_code = 7
+
+
+class ChainError(FednestedError):
+    """The manifest chain refuses."""
+
+    exit_code = 8
+
+
+class ChainConflict(ChainError):
+    """Another committer appended first; fold again on the new head."""
+
+
+class ChainCorrupt(ChainError):
+    """A chain entry was altered, removed, or signed by an unknown key."""
+
+
+class GovernanceError(FednestedError):
+    """Governance refuses."""
+
+    exit_code = 9
+
+
+class PolicyDenied(GovernanceError):
+    """The policy denies, or cannot decide, which is the same."""
+
+
+class PromotionBlocked(GovernanceError):
+    """A candidate lacks something that promotion requires."""
+
+
+class TrainingError(FednestedError):
+    """Training produced a loss that is not finite."""
+
+    exit_code = 10

@@ -1,0 +1,100 @@
+"""Events on the control topic and telemetry, as strict, closed records.
+
+`control.federation_rounds` has one partition, so its order is total. Control events are signed by tier 1: a device acts
+on no event whose signature its pinned key does not verify.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from fednested_lib.envelope import ClientId, Digest
+from fednested_lib.errors import EnvelopeError
+from fednested_lib.signing import Signer, canonical_json, verify
+
+SIGNATURE_HEADER = "fednested-signature"
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def to_bytes(self) -> bytes:
+        """Return canonical bytes."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+class ModelAvailable(_Event):
+    """A champion's snapshot may be fetched: `snapshot` is the digest of the manifest blob in the blob store."""
+
+    event: Literal["model_available"] = "model_available"
+    version: int = Field(ge=0)
+    snapshot: Digest
+    base_digest: Digest
+    chain_seq: int = Field(ge=0)
+    chain_head: Digest
+
+
+class RoundStart(_Event):
+    """A nested round begins; devices may train on the newest model."""
+
+    event: Literal["round_start"] = "round_start"
+    round: int = Field(ge=0)
+    version: int = Field(ge=0)
+
+
+class FederationEnd(_Event):
+    """Devices finish what they hold and stop."""
+
+    event: Literal["federation_end"] = "federation_end"
+    reason: Literal["completed", "cancelled"] = "completed"
+
+
+class TrainingTelemetry(_Event):
+    """What a device tells about one local training: numbers only."""
+
+    event: Literal["training"] = "training"
+    client_id: ClientId
+    sequence: int = Field(ge=0)
+    base_version: int = Field(ge=0)
+    loss_first: float
+    loss_last: float
+    tokens: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    payload_bytes: int = Field(ge=0)
+
+
+Event = Annotated[ModelAvailable | RoundStart | FederationEnd | TrainingTelemetry, Field(discriminator="event")]
+_ADAPTER: TypeAdapter = TypeAdapter(Event)
+
+
+def sign_event(event: _Event, signer: Signer) -> dict[str, bytes]:
+    """Return the record headers that carry the signature of an event."""
+    return {SIGNATURE_HEADER: signer.sign(event.to_bytes()).encode()}
+
+
+def parse_event(data: bytes) -> Event:
+    """Parse untrusted bytes.
+
+    Raises:
+        EnvelopeError: reason ``bad_event``.
+    """
+    try:
+        return _ADAPTER.validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise EnvelopeError("bad_event", f"event field {'.'.join(map(str, first['loc'])) or 'event'}: {first['msg']}") from None
+
+
+def verify_event(data: bytes, headers: dict[str, bytes], public_key: str) -> Event:
+    """Parse an event and check that the holder of `public_key` signed it.
+
+    Raises:
+        EnvelopeError: reason ``bad_event`` or ``bad_signature``.
+    """
+    event = parse_event(data)
+    signature = headers.get(SIGNATURE_HEADER, b"").decode("ascii", "replace")
+    if not verify(public_key, signature, data):
+        raise EnvelopeError("bad_signature", f"control event {event.event} is unsigned or signed by another key than control.public_key")
+    return event

@@ -1,0 +1,1 @@
+"""Versions as a function of the log: cut, manifest chain, replay, audit."""

@@ -1,0 +1,264 @@
+"""The documents of the manifest chain, the only source of truth.
+
+    version_{n+1} = F(chain_{≤n}, inputs_n, config)
+
+The chain is a sequence of signed entries `chain/<seq>.json`; `prev` is the SHA-256 of the previous file's bytes, so an
+entry cannot be altered, removed or re-ordered without breaking the rest. Four kinds:
+
+- `genesis`    the first snapshot, version 0;
+- `version`    head advanced: parent, inputs, every accepted update with its weight, every refused one with its reason,
+               the recorded tries, and the digest of every resulting blob;
+- `rejection`  inputs that the automatic gate refused for good: spent, never folded, no version number;
+- `decision`   a person (or nobody verified) approved or rejected a version.
+
+Head and champion are derived from these (`chain.ChainState`); no other place knows them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fednested_lib.envelope import ClientId, Digest
+
+Name = Annotated[str, Field(max_length=200)]
+Offsets = dict[str, Annotated[int, Field(ge=0)]]  # partition (as text) -> next offset to consume
+
+
+class Document(BaseModel):
+    """Base: unknown fields are refused, instances are immutable, floats are finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Cut(Document):
+    """Half-open offset ranges of one topic, bound to the log they were read from.
+
+    Args:
+        topic: topic name.
+        log_id: cluster id and topic identity, so that another log cannot answer for this one.
+        ranges: partition → (start, end), end exclusive.
+        records_digest: digest over the record digests in partition and offset order.
+        n_records: number of records in the ranges.
+    """
+
+    topic: str
+    log_id: str
+    ranges: dict[str, tuple[int, int]]
+    records_digest: Digest
+    n_records: int = Field(ge=0)
+
+
+class Accepted(Document):
+    """One folded device update: who, from which base, and the weight it got."""
+
+    update_id: Digest
+    client_id: ClientId
+    key_epoch: int
+    sequence: int
+    base_version: int
+    staleness: int = Field(ge=0)
+    partition: int
+    offset: int
+    record_sha256: Digest  # digest of the log record
+    envelope_sha256: Digest  # archived envelope bytes in payloads/
+    payload_sha256: Digest  # archived payload bytes in payloads/
+    payload_bytes: int
+    tokens: int = Field(ge=0)
+    norm: float = Field(ge=0)  # ‖ΔW‖_F over all experts, before clipping
+    clip: float = Field(ge=0, le=1)  # k_d
+    weight: float = Field(ge=0)  # ω_d, mean over the experts it covers
+    experts: int = Field(ge=0)
+
+
+class Refused(Document):
+    """One refused record and the machine-readable reason."""
+
+    partition: int
+    offset: int
+    record_sha256: Digest
+    reason: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
+    detail: Annotated[str, Field(max_length=400)]
+    client_id: str | None = None
+    sequence: int | None = None
+    update_id: str | None = None
+
+
+class DenseInput(Document):
+    """The dense delta of one tier-1 training run: an input like any other, by claim check."""
+
+    update_id: Digest
+    run_id: Name
+    base_version: int
+    base_digest: Digest
+    topic: str
+    partition: int
+    offset: int
+    blobs: dict[str, Digest]  # slice key -> digest of the fp32 delta slice in payloads/
+    steps: int
+    tokens: int
+    dataset_digest: Digest
+    trainer: str
+    signer: str  # public key
+    signature: str
+
+
+class Inputs(Document):
+    """What one version consumed."""
+
+    cut: Cut | None = None
+    dense: DenseInput | None = None
+
+
+class Rates(Document):
+    """Step sizes of the fold."""
+
+    eta_core: float = Field(default=1.0, ge=0)
+    eta_t1: float = Field(default=1.0, ge=0)
+    eta_t2: float = Field(default=1.0, ge=0)
+
+    def halved(self) -> Rates:
+        """Return the rates of the next try after a failed automatic gate."""
+        return Rates(eta_core=self.eta_core / 2, eta_t1=self.eta_t1 / 2, eta_t2=self.eta_t2 / 2)
+
+
+class AggregationSettings(Document):
+    """Bounds of clip, prior and mass (DESIGN §4); part of F's configuration, hence of the manifest."""
+
+    max_norm: float = Field(default=10.0, gt=0)  # C of the clip
+    token_cap: int = Field(default=1 << 20, ge=1)
+    staleness_exponent: float = Field(default=0.5, ge=0)
+    max_staleness: int = Field(default=16, ge=0)
+    min_mass_tokens: int = Field(default=256, ge=1)  # m_min
+    min_coverage: int = Field(default=1, ge=1)  # k_min
+    rule: Literal["weighted_mean"] = "weighted_mean"
+
+
+class NumericProfile(Document):
+    """What "identical bytes" is promised for: another profile is compared, not equated."""
+
+    torch: str
+    instruction_set: str
+    dtype: str = "float32"
+    threads: int = 1
+
+
+class SuiteChange(Document):
+    """One row of the gate's regression table; losses in nats per token."""
+
+    suite: str
+    before: float
+    after: float
+    bound: float
+    passed: bool
+
+
+class GateRecord(Document):
+    """Result of the automatic gate, bound to the candidate's digest."""
+
+    candidate: Digest
+    passed: bool
+    reason: str
+    rows: list[SuiteChange]
+
+
+class Try(Document):
+    """One recorded attempt to fold the same inputs."""
+
+    rates: Rates
+    parent: Digest
+    candidate: Digest
+    outcome: Literal["passed", "gate_failed", "lost_race"]
+    gate: GateRecord | None = None
+
+
+class Candidate(Document):
+    """A folded version that waits for its gate; F's output. Content addressed by `digest()` of its canonical JSON."""
+
+    kind: Literal["candidate"] = "candidate"
+    parent: Digest  # digest of the parent's chain entry
+    parent_version: int
+    inputs: Inputs
+    accepted: list[Accepted]
+    refused: list[Refused]
+    rates: Rates
+    settings: AggregationSettings
+    code_version: str
+    profile: NumericProfile
+    family: str
+    model: dict
+    tokenizer: Digest
+    blobs: dict[str, Digest]
+    trainer: str  # identity that ran the fold or the training
+    authorisation: str  # id of the policy decision
+    lineage: list[str]  # ids in the lineage outbox
+
+
+class Genesis(Document):
+    """The first snapshot."""
+
+    kind: Literal["genesis"] = "genesis"
+    version: Literal[0] = 0
+    federation: Name
+    family: str
+    model: dict
+    tokenizer: Digest
+    blobs: dict[str, Digest]
+    profile: NumericProfile
+    trainer: str
+    created_at: str
+
+
+class Version(Document):
+    """Head advanced to `version`."""
+
+    kind: Literal["version"] = "version"
+    version: int = Field(ge=1)
+    candidate: Candidate
+    tries: list[Try]
+    offsets: Offsets  # next offset of updates.experts.local per partition, after this entry
+    created_at: str
+
+
+class Rejection(Document):
+    """Inputs refused by the automatic gate after the last try: spent, recorded, never folded."""
+
+    kind: Literal["rejection"] = "rejection"
+    candidate: Candidate
+    tries: list[Try]
+    reason: str
+    offsets: Offsets
+    created_at: str
+
+
+class Decision(Document):
+    """A decision on a version, bound to the digest of its chain entry."""
+
+    kind: Literal["decision"] = "decision"
+    verdict: Literal["approve", "reject"]
+    version: int
+    manifest: Digest  # digest of the decided entry
+    approver: Name
+    verified: bool  # False: a bare console value, identity unverified
+    channel: Literal["token", "console", "flag"]
+    reason: Annotated[str, Field(max_length=400)]
+    token_sha256: Digest | None = None
+    authorisation: str
+    lineage: list[str]
+    refolded: list[Digest] = []  # entries whose inputs must be folded again because this rejection voids them
+    created_at: str
+
+
+Body = Annotated[Genesis | Version | Rejection | Decision, Field(discriminator="kind")]
+
+
+class Entry(Document):
+    """One file of the chain."""
+
+    format: Literal["fednested.chain/1"] = "fednested.chain/1"
+    seq: int = Field(ge=0)
+    prev: Digest | None  # None for genesis only
+    body: Body
+    signer: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
