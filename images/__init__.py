@@ -1,0 +1,1 @@
+"""In which container: ImageSpec objects only."""

@@ -1,0 +1,1 @@
+"""When a loop turns: LaunchPlan objects and nothing else."""

@@ -1,0 +1,1 @@
+"""What stays up: gateway, trigger, console, and the embedded servers of the demo."""

@@ -1,0 +1,1 @@
+"""Where it runs: typed Flyte shells around one call each."""

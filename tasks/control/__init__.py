@@ -1,0 +1,1 @@
+"""Dynamic routers: what happens after a decision."""

@@ -1,0 +1,1 @@
+"""Sensors and connector tasks: what waits for the outside world."""

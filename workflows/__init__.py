@@ -1,0 +1,1 @@
+"""In which order: one workflow per loop, each reads like the paper."""
