@@ -161,3 +161,21 @@ def load_tier2(path: str | os.PathLike) -> Tier2Config:
 def resolve_uri(uri: str, base: Path) -> str:
     """Make a plain relative path absolute; leave URIs with a scheme alone."""
     return uri if "://" in uri else str(base / uri)
+
+
+TIER2_EXAMPLE = """\
+# One device. Relative paths are relative to this file. Every key that is not here has a default (docs/configuration.md).
+client_id: {client_id}
+key: device.key                 # Ed25519 seed of this device; its public key is registered at tier 1
+home: device-home               # state, outbox, snapshots
+data: text.jsonl                # one row per line: {{"text": …}} or {{"prompt": …, "completion": …}}
+blobs_uri: ../home/blobs        # where snapshots are fetched from (path or fsspec URI)
+payloads_uri: ../home/payloads  # where large payloads are put before their pointer is sent
+log:
+  bootstrap: 127.0.0.1:9092     # FEDNESTED_KAFKA_BOOTSTRAP wins
+control:
+  public_key: ""            # 64 hex digits: tier 1's public key (identity.pub); events of others are ignored
+adapters: {{rank: 8, alpha: 16.0, experts: null}}
+training: {{steps: 20, batch_size: 4, seq_len: 96, learning_rate: 0.004}}
+policy: {{min_tokens_per_rank: 4, max_norm: 10.0, encoding: int8}}
+"""

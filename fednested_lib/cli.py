@@ -1,0 +1,164 @@
+"""The `fednested` command: parse, load the configuration, call one function, print one result.
+
+This module knows no tier-1 code. Command groups of a checkout (`tier1`, …) are found through the entry-point group
+`fednested.commands`; in the wheel alone they answer with the remedy. An error of ours is one line on standard error and
+its exit code; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import typer
+
+from fednested_lib.errors import ConfigError, FednestedError
+
+ENTRY_POINTS = "fednested.commands"
+CHECKOUT_GROUPS = ("tier1", "approvals")
+CHECKOUT_REMEDY = "needs a checkout of the repository: run `make setup` there and use its .venv/bin/fednested"
+
+app = typer.Typer(
+    name="fednested",
+    help="Federated training of one Mixture-of-Experts model while the data stays where it is.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+tier2 = typer.Typer(help="Commands of a device.", no_args_is_help=True)
+messaging = typer.Typer(help="Topics of the update log.", no_args_is_help=True)
+app.add_typer(tier2, name="tier2")
+app.add_typer(messaging, name="messaging")
+
+
+@app.callback()
+def _root(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+    """Federated training of one Mixture-of-Experts model while the data stays where it is."""
+
+
+@app.command("init-config")
+def init_config(
+    profile: str = typer.Argument(help="tier1 or tier2"),
+    directory: Path = typer.Option(Path("."), "--dir", help="Where to write; nothing is overwritten."),
+    client_id: str = typer.Option("device-1", help="tier2: name of this device."),
+) -> None:
+    """Write an example configuration and a fresh signing key."""
+    if profile == "tier2":
+        typer.echo(_init_tier2(directory, client_id))
+    elif profile == "tier1":
+        _checkout_app("tier1")(args=["init-config", "--dir", str(directory)], standalone_mode=False)
+    else:
+        raise ConfigError(f"profile must be tier1 or tier2, got {profile}")
+
+
+def _init_tier2(directory: Path, client_id: str) -> str:
+    from fednested_lib.blobs import create_exclusive
+    from fednested_lib.config import TIER2_EXAMPLE
+    from fednested_lib.signing import Signer
+
+    path = directory / "tier2.yaml"
+    if not create_exclusive(path, TIER2_EXAMPLE.format(client_id=client_id).encode()):
+        raise ConfigError(f"{path} exists already: move it away or choose another --dir")
+    key = directory / "device.key"
+    signer = Signer.load(key) if key.exists() else Signer.generate()
+    if not key.exists():
+        signer.save(key)
+    return f"wrote {path}; register client {client_id} at tier 1 with public key {signer.public_key}"
+
+
+@tier2.command("run-client")
+def run_client(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """Run the device loop until the federation ends or the process is told to stop."""
+    from fednested_lib.client import run
+    from fednested_lib.config import load_tier2
+
+    report = run(load_tier2(config))
+    typer.echo(f"stopped: {report}")
+
+
+@messaging.command("bootstrap-topics")
+def bootstrap_topics(
+    bootstrap: str = typer.Option("127.0.0.1:9092", envvar="FEDNESTED_KAFKA_BOOTSTRAP", help="host:port of the broker"),
+) -> None:
+    """Create the topics that are missing."""
+    from fednested_lib.log import TOPICS, KafkaLog
+
+    log = KafkaLog(bootstrap)
+    try:
+        log.create_topics(TOPICS)
+    finally:
+        log.close()
+    typer.echo(f"topics ready at {bootstrap}: {', '.join(TOPICS)}")
+
+
+def _checkout_app(name: str) -> typer.Typer:
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name == name:
+            return entry.load()
+    raise ConfigError(f"`fednested {name}` {CHECKOUT_REMEDY}")
+
+
+def _remedy_group(name: str) -> typer.Typer:
+    group = typer.Typer(help=f"Not in the wheel: {CHECKOUT_REMEDY}.", invoke_without_command=True)
+
+    @group.callback(invoke_without_command=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    def _explain(context: typer.Context) -> None:
+        raise ConfigError(f"`fednested {name}` {CHECKOUT_REMEDY}")
+
+    return group
+
+
+def _add_checkout_groups(arguments: list[str]) -> None:
+    """Add the groups of a checkout; only the one that is called is imported, so that a device starts fast."""
+    registered = {entry.name for entry in entry_points(group=ENTRY_POINTS)}
+    for name in sorted(registered | set(CHECKOUT_GROUPS)):
+        called = name in arguments
+        app.add_typer(_checkout_app(name) if name in registered and called else _remedy_group(name), name=name)
+
+
+def _configure_logging() -> None:
+    import logging
+
+    import structlog
+
+    terminal = sys.stderr.isatty()
+    renderer = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+    )
+
+
+def _fail(line: str, code: int) -> None:
+    sys.stderr.write(f"fednested: {line}\n")
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    if not (3, 10) <= sys.version_info[:2] < (3, 13):
+        found = ".".join(map(str, sys.version_info[:3]))
+        _fail(f"Python must be 3.10 to 3.12, got {found}: make an environment with python3.11", 2)
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        _configure_logging()
+        _add_checkout_groups(arguments)
+        app()
+    except FednestedError as error:
+        if debug:
+            raise
+        _fail(str(error).replace("\n", " "), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing is lost, run the same command again", 130)
+
+
+if __name__ == "__main__":
+    main()
