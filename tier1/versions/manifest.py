@@ -18,18 +18,29 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fednested_lib.envelope import ClientId, Digest
+from fednested_lib.signing import HEX64, canonical_json, sha256_hex
 
 Name = Annotated[str, Field(max_length=200)]
 Offsets = dict[str, Annotated[int, Field(ge=0)]]  # partition (as text) -> next offset to consume
+PublicKey = Annotated[str, Field(pattern=HEX64)]
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
 
 class Document(BaseModel):
     """Base: unknown fields are refused, instances are immutable, floats are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical bytes."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the canonical bytes."""
+        return sha256_hex(self.to_bytes())
 
 
 class Cut(Document):
@@ -65,11 +76,12 @@ class Accepted(Document):
     envelope_sha256: Digest  # archived envelope bytes in payloads/
     payload_sha256: Digest  # archived payload bytes in payloads/
     payload_bytes: int
-    tokens: int = Field(ge=0)
-    norm: float = Field(ge=0)  # ‖ΔW‖_F over all experts, before clipping
+    public_key: PublicKey  # the registered device key that signed the envelope
+    tokens: int = Field(ge=0)  # declared tokens, summed over layers and experts
+    norm: float = Field(ge=0)  # ‖ΔW‖_F over all experts it covers, before clipping
     clip: float = Field(ge=0, le=1)  # k_d
     weight: float = Field(ge=0)  # ω_d, mean over the experts it covers
-    experts: int = Field(ge=0)
+    experts: int = Field(ge=0)  # (layer, expert) pairs it covers: declared with tokens > 0
 
 
 class Refused(Document):
@@ -85,30 +97,52 @@ class Refused(Document):
     update_id: str | None = None
 
 
-class DenseInput(Document):
-    """The dense delta of one tier-1 training run: an input like any other, by claim check."""
+class DenseUpdate(Document):
+    """What a tier-1 training run says about its dense delta; the value of its record on `updates.tier1`."""
 
+    format: Literal["fednested.dense/1"] = "fednested.dense/1"
     update_id: Digest
     run_id: Name
-    base_version: int
+    base_version: int = Field(ge=0)
     base_digest: Digest
-    topic: str
-    partition: int
-    offset: int
     blobs: dict[str, Digest]  # slice key -> digest of the fp32 delta slice in payloads/
-    steps: int
-    tokens: int
+    steps: int = Field(ge=0)
+    tokens: int = Field(ge=0)
     dataset_digest: Digest
-    trainer: str
-    signer: str  # public key
-    signature: str
+    trainer: Name
+    signer: PublicKey
+    signature: Signature
+
+    def content_id(self) -> str:
+        """Derive the update id from everything but itself and the signature."""
+        fields = set(DenseUpdate.model_fields) - {"update_id", "signature"}
+        return sha256_hex(canonical_json(self.model_dump(mode="json", include=fields)))
+
+
+class DenseInput(DenseUpdate):
+    """A dense update and where in the log it lies: an input like any other, by claim check."""
+
+    topic: str
+    partition: int = Field(ge=0)
+    offset: int = Field(ge=0)
 
 
 class Inputs(Document):
-    """What one version consumed."""
+    """What one version consumed: a device cut or one dense update."""
 
     cut: Cut | None = None
     dense: DenseInput | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Inputs:
+        if (self.cut is None) == (self.dense is None):
+            raise ValueError("inputs must be exactly one of cut and dense")
+        return self
+
+    def id(self) -> str:
+        """Name the inputs, so that a second run of the same inputs is recognised."""
+        dense = None if self.dense is None else self.dense.update_id
+        return sha256_hex(canonical_json({"cut": self.cut and self.cut.model_dump(mode="json"), "dense": dense}))
 
 
 class Rates(Document):
@@ -148,8 +182,8 @@ class SuiteChange(Document):
     """One row of the gate's regression table; losses in nats per token."""
 
     suite: str
-    before: float
-    after: float
+    before: float | None  # None: missing or not finite
+    after: float | None
     bound: float
     passed: bool
 
@@ -260,5 +294,9 @@ class Entry(Document):
     seq: int = Field(ge=0)
     prev: Digest | None  # None for genesis only
     body: Body
-    signer: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    signer: PublicKey
+    signature: Signature
+
+    def signed_part(self) -> bytes:
+        """Return the bytes that the signature covers."""
+        return canonical_json(self.model_dump(mode="json", exclude={"signature"}))
