@@ -1,0 +1,70 @@
+"""The README's table of claims, made from the stored results and from nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.registry import Figure
+from benchmarks.results import ROOT, Result
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
+_SIGNS = {"<=": "≤", ">=": "≥", "==": "="}
+
+
+def number(result: Result | None) -> str:
+    """Print a value, with its range when it has one."""
+    if result is None:
+        return "-"
+    if result.low is None or result.high is None:
+        return f"{result.value:.4g}"
+    return f"{result.value:.4g} ({result.low:.4g} to {result.high:.4g})"
+
+
+def bound(row: Figure) -> str:
+    """Print a bound as people write it."""
+    if row.bound is None:
+        return "-"
+    relation, limit = row.bound.split(" ")
+    return f"{_SIGNS.get(relation, relation)} {limit}"
+
+
+def table(figures: list[Figure], results: dict[str, Result]) -> str:
+    """Make the Markdown table."""
+    lines = ["| claim | value | bound | | measured at | figure |", "|---|---|---|---|---|---|"]
+    for row in figures:
+        result = results.get(row.name)
+        unit = "" if row.unit == "1" else f" {row.unit}"
+        if result is None:
+            value, holds, where = "not measured", "", "-"
+        else:
+            value, where = number(result) + unit, f"{result.commit}, {result.date}"
+            holds = "" if row.bound is None else "ok" if row.holds(result.value) else "**short**"
+        limit = bound(row) + (unit if row.bound else "")
+        lines.append(f"| {row.claim} | {value} | {limit} | {holds} | {where} | `{row.name}` |")
+    return "\n".join(lines)
+
+
+def write(figures: list[Figure], results: dict[str, Result], readme: Path = README) -> int:
+    """Put the table between the README's markers."""
+    before, _, after = _split(readme.read_text())
+    readme.write_text(f"{before}{BEGIN}\n{table(figures, results)}\n{END}{after}")
+    return 0
+
+
+def check(figures: list[Figure], results: dict[str, Result], readme: Path = README) -> int:
+    """Return 1 and say the remedy when the README's table is not the one these results make."""
+    _, found, _ = _split(readme.read_text())
+    if found.strip() == table(figures, results):
+        return 0
+    print("README.md: the table of claims is out of date: run python -m benchmarks.figures --readme", file=sys.stderr)
+    return 1
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    before, begin, rest = text.partition(BEGIN)
+    found, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"README.md must hold the markers {BEGIN} and {END}, one of them is missing: put it back")
+    return before, found, after
