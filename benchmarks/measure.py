@@ -1,7 +1,7 @@
 """Run a command and say what it took: `python -m benchmarks.measure NAME -- COMMAND ...`.
 
 Peak memory is the largest sum, over the command and all its descendants at one moment, of the proportional set size:
-pages that processes share (torch's libraries above all) count once. Sampled twice a second; where the system has no such
+pages that processes share (torch's libraries above all) count once. Sampled twice a second; where there is no such
 number it is the resident set size, which counts shared pages again and so errs on the high side.
 """
 
