@@ -1,0 +1,181 @@
+"""`fednested tier1 …` and `fednested approvals …`: the commands of a checkout.
+
+A loop runs as the same Flyte workflow that a cluster runs: `pyflyte run workflows/<loop>.py <loop>` in a process of its
+own, from the checkout's root. What only reads the chain (replay, audit, status) runs here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import typer
+
+from fednested_lib.errors import ConfigError, FednestedError
+from tier1.config import load_tier1
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = typer.Option(..., "--config", help="tier1.yaml")
+
+app = typer.Typer(help="Loops and records of the data centre.", no_args_is_help=True)
+approvals = typer.Typer(help="Decision tokens of approvers.", no_args_is_help=True)
+
+
+def run_workflow(name: str, config: Path, *arguments: str, answer: str | None = None) -> None:
+    """Run one workflow locally with `pyflyte run`; `answer` is typed at its decision gate.
+
+    Raises:
+        ConfigError: the configuration is wrong (found before a process is started).
+        FednestedError: the workflow failed; its last line says why.
+    """
+    load_tier1(config)
+    command = [sys.executable, "-m", "flytekit.clis.sdk_in_container.pyflyte", "run", f"workflows/{name}.py", name]
+    command += ["--config", str(config.resolve()), *arguments]
+    finished = subprocess.run(command, cwd=ROOT, input=None if answer is None else answer + "\n", text=True, check=False)
+    if finished.returncode != 0:
+        raise FednestedError(f"workflow {name} ended with exit code {finished.returncode}: its last lines above say why; the chain is intact")
+
+
+@app.command("init-config")
+def init_config(directory: Path = typer.Option(Path("."), "--dir", help="Where to write; nothing is overwritten.")) -> None:
+    """Write tier1.yaml, policy.yaml and keys."""
+    from tier1.workspace import create_workspace
+
+    path = create_workspace(directory, datasets={"text": "data/train.jsonl"}, suites={"text": "data/heldout.jsonl"})
+    typer.echo(f"wrote {path}: put your data at the paths under core.datasets and evaluation.suites, register devices under devices")
+
+
+@app.command("core-update")
+def core_update(config: Path = CONFIG) -> None:
+    """Train core and experts on governed data and fold the delta into a candidate."""
+    run_workflow("core_update", config)
+
+
+@app.command("aggregate-experts")
+def aggregate_experts(config: Path = CONFIG) -> None:
+    """Fold a window of device updates into a candidate."""
+    run_workflow("aggregate_experts", config)
+
+
+@app.command("evaluate")
+def evaluate(config: Path = CONFIG) -> None:
+    """Settle the newest candidate: evaluation and automatic gate, without the person's decision."""
+    from tier1.federation import open_federation
+    from tier1.loops.evaluate_and_promote import newest_candidate, settle_candidate
+
+    fed = open_federation(config)
+    typer.echo(settle_candidate(fed, newest_candidate(fed)))
+
+
+@app.command("promote")
+def promote(
+    config: Path = CONFIG,
+    decision: str = typer.Option(None, help="approve or reject; asked for on the terminal if absent (local profile only)"),
+    key: Path = typer.Option(None, help="approver's key: the decision is sent as a signed token"),
+    reason: str = typer.Option("", help="why; one line"),
+) -> None:
+    """Settle the newest candidate and decide on it."""
+    answer = None
+    if decision is not None:
+        if load_tier1(config).profile != "local":
+            raise ConfigError("--decision answers the gate by flag and is for profile: local; in production issue a token with `fednested approvals`")
+        answer = _answer_for_newest(config, decision, key, reason)
+    run_workflow("evaluate_and_promote", config, answer=answer)
+
+
+def _answer_for_newest(config: Path, decision: str, key: Path | None, reason: str) -> str:
+    from tier1.federation import open_federation
+    from tier1.loops.evaluate_and_promote import newest_candidate, settle_candidate
+
+    fed = open_federation(config)
+    settled = settle_candidate(fed, newest_candidate(fed))  # the workflow's own settling finds it done
+    if key is None or settled.status != "head":
+        return f"{decision}: {reason}" if reason else decision
+    return _token(fed, settled.version, decision, key, reason)
+
+
+@app.command("broadcast")
+def broadcast(config: Path = CONFIG) -> None:
+    """Publish the champion's snapshot and tell the devices."""
+    run_workflow("broadcast", config)
+
+
+@app.command("nested-round")
+def nested_round(
+    config: Path = CONFIG,
+    core: bool = typer.Option(False, help="begin with a core update"),
+    decision: str = typer.Option(None, help="approve or reject (local profile only)"),
+) -> None:
+    """Turn every loop once."""
+    run_workflow("nested_round", config, *(["--core"] if core else []), answer=decision)
+
+
+@app.command("replay")
+def replay(
+    config: Path = CONFIG,
+    version: int = typer.Option(None, help="one version; all when absent"),
+) -> None:
+    """Rebuild versions from genesis and the archived inputs, and compare every blob."""
+    from tier1.federation import open_federation
+    from tier1.loops.replay import replay_versions
+
+    for line in replay_versions(open_federation(config), version):
+        typer.echo(line)
+
+
+@app.command("audit")
+def audit(config: Path = CONFIG, version: int = typer.Option(..., help="version number")) -> None:
+    """Print who contributed what with which weight, and what was refused and why."""
+    from tier1.federation import open_federation
+    from tier1.loops.replay import audit_version
+
+    for line in audit_version(open_federation(config), version):
+        typer.echo(line)
+
+
+@app.command("status")
+def status(config: Path = CONFIG) -> None:
+    """Print the chain: head, champion, versions and what became of them."""
+    from tier1.federation import open_federation
+    from tier1.loops.replay import chain_lines
+
+    for line in chain_lines(open_federation(config)):
+        typer.echo(line)
+
+
+def _token(fed, version: int, verdict: str, key: Path, reason: str) -> str:
+    from fednested_lib.signing import Signer
+    from tier1.governance.approvals import issue
+    from tier1.loops.evaluate_and_promote import manifest_of
+
+    signer = Signer.load(key)
+    approver = fed.config.governance.approvers.get(signer.public_key)
+    if approver is None:
+        raise ConfigError(f"key {key} ({signer.public_key[:12]}…) is no registered approver: add it under governance.approvers")
+    return issue(signer, verdict=verdict, manifest_digest=manifest_of(fed, version), approver=approver, issued_at=int(time.time()), reason=reason)
+
+
+@approvals.command("list")
+def list_approvals(config: Path = CONFIG) -> None:
+    """List versions that wait for a decision."""
+    from tier1.federation import open_federation
+    from tier1.loops.evaluate_and_promote import waiting_versions
+
+    for number, manifest in waiting_versions(open_federation(config)):
+        typer.echo(f"version {number}  manifest {manifest}")
+
+
+@approvals.command("token")
+def token(
+    verdict: str = typer.Argument(help="approve or reject"),
+    config: Path = CONFIG,
+    version: int = typer.Option(..., help="version number"),
+    key: Path = typer.Option(..., help="approver's key"),
+    reason: str = typer.Option("", help="why; one line"),
+) -> None:
+    """Print a signed decision token for the gate of one version."""
+    from tier1.federation import open_federation
+
+    typer.echo(_token(open_federation(config), version, verdict, key, reason))

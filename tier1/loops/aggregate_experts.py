@@ -1,0 +1,115 @@
+"""The fast loop, step by step: take a cut of the update log, verify, weigh, fold.
+
+    W_experts ← W_experts + η_T2·ΔW_agg
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import structlog
+
+from fednested_lib.blobs import write_durable
+from fednested_lib.errors import ConfigError
+from tier1.federation import Federation
+from tier1.loops.genesis import ensure_genesis
+from tier1.loops.records import CandidateRef, CutRef
+from tier1.versions.manifest import Candidate, Cut, Inputs
+
+log = structlog.get_logger()
+TOPIC = "updates.experts.local"
+
+
+def take_updates(fed: Federation) -> CutRef:
+    """Wait for K updates or T seconds and cut the log where head's cut ended.
+
+    Raises:
+        LogError: the log lost records or re-used offsets.
+        TransportError: the broker does not answer.
+    """
+    from tier1.versions.cut import take_cut
+
+    window = fed.config.window
+    cut = take_cut(
+        fed.log,
+        ensure_genesis(fed),
+        min_updates=window.min_updates,
+        max_wait_s=window.max_wait_s,
+        max_updates=window.max_updates,
+    )
+    path = fed.home / "cuts" / f"{cut.digest()}.json"
+    write_durable(path, cut.to_bytes())
+    log.info("aggregate.cut", records=cut.n_records, ranges=cut.ranges)
+    return CutRef(path=str(path), n_records=cut.n_records, topic=cut.topic)
+
+
+def fold_updates(fed: Federation, cut: CutRef) -> CandidateRef:
+    """Verify, weigh and fold the updates of a cut into head; refused ones are recorded with their reasons.
+
+    Raises:
+        PolicyDenied: the trainer may not aggregate from this topic.
+        LogError: the log no longer holds what the cut names.
+    """
+    from tier1.versions.candidates import save_candidate
+
+    if cut.n_records == 0:
+        return CandidateRef(digest="", parent_version=fed.chain.state().head.version, n_accepted=0, n_refused=0)
+    candidate = fold_cut(fed, _load_cut(cut))
+    digest = save_candidate(fed.home, candidate)
+    n_accepted, n_refused = len(candidate.accepted), len(candidate.refused)
+    log.info("aggregate.folded", candidate=digest, head=candidate.parent_version, accepted=n_accepted, refused=n_refused)
+    return CandidateRef(digest=digest, parent_version=candidate.parent_version, n_accepted=n_accepted, n_refused=n_refused)
+
+
+def fold_cut(fed: Federation, cut: Cut) -> Candidate:
+    """Authorise, record lineage, and fold a cut on the current head."""
+    from tier1.versions.admission import archive_cut
+    from tier1.versions.build import fold_candidate
+
+    grant = fed.authorise("aggregate", f"topic:{cut.topic}")
+    archive_cut(cut, fed.log, fed.payloads)
+    return fold_candidate(
+        fed.chain.state().head,
+        Inputs(cut=cut),
+        rates=fed.config.rates,
+        settings=fed.config.aggregation,
+        blobs=fed.blobs,
+        payloads=fed.payloads,
+        trainer=fed.config.identity.principal,
+        authorisation=grant.id,
+        lineage=record_fold(fed, cut, grant.id),
+    )
+
+
+def record_fold(fed: Federation, cut: Cut, decision_id: str) -> list[str]:
+    """Write the lineage of one aggregation run to the outbox, once per cut."""
+    from tier1.governance.lineage import Run, Source, run_event
+
+    at_ms = int(time.time() * 1000)
+    run = Run(
+        kind="aggregate_experts",
+        federation=fed.config.federation,
+        run_id=Inputs(cut=cut).id(),
+        principal=fed.config.identity.principal,
+        inputs=[
+            Source(
+                platform="kafka",
+                name=cut.topic,
+                digest=cut.records_digest,
+                detail={"log": cut.log_id, **{f"partition {p}": f"[{start}, {end})" for p, (start, end) in cut.ranges.items()}},
+            )
+        ],
+        access_decisions=[decision_id],
+        metrics={"records": float(cut.n_records)},
+        started_ms=at_ms,
+        finished_ms=at_ms,
+    )
+    return list(fed.lineage.record(run_event(run)))
+
+
+def _load_cut(ref: CutRef) -> Cut:
+    try:
+        return Cut.model_validate_json(Path(ref.path).read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"cut {ref.path} does not exist: take a new one with aggregate_experts") from error

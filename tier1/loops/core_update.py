@@ -1,0 +1,174 @@
+"""The slow loop, step by step: authorise, pack, train, fold.
+
+    W_core ← W_core + η_core·ΔW_core,    W_experts ← W_experts + η_T1·ΔW_experts
+
+Training takes hours while the fast loop moves head on, so its delta is published like any other update, signed and with
+the base it was trained on, and folded into whatever head is then. A run that died is started again under its own name
+and goes on where its last durable step ended.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import structlog
+
+from fednested_lib.blobs import write_durable
+from fednested_lib.errors import ChainError
+from fednested_lib.failpoints import failpoint
+from fednested_lib.signing import canonical_json, sha256_hex
+from tier1.federation import Federation
+from tier1.loops.genesis import ensure_genesis
+from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
+from tier1.versions.dense_update import make_dense, verify_dense
+from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
+
+log = structlog.get_logger()
+TOPIC = "updates.tier1"
+
+
+def authorise_training(fed: Federation, run_id: str) -> TrainingGrant:
+    """Ask the policy whether the trainer may train on every governed dataset.
+
+    Raises:
+        PolicyDenied: it may not, or the policy cannot decide.
+    """
+    names = sorted(fed.config.core.datasets)
+    decisions = [fed.authorise("train", f"dataset:{name}", purpose="core-update").id for name in names]
+    log.info("core_update.authorised", run=run_id, datasets=names)
+    return TrainingGrant(decision_id=sha256_hex(canonical_json(decisions)), datasets=names)
+
+
+def pack_datasets(fed: Federation, grant: TrainingGrant) -> PackedData:
+    """Validate and pack the granted datasets; bad records are set aside with file, line and reason."""
+    from tier1.training.data import prepare_dataset
+
+    head = ensure_genesis(fed).head
+    sources = {name: fed.config.core.datasets[name] for name in grant.datasets}
+    packed = prepare_dataset(
+        sources, fed.blobs.get(head.tokenizer), seq_len=fed.config.core.seq_len, out_dir=fed.home / "packed"
+    )
+    log.info("core_update.packed", rows=packed.n_rows, tokens=packed.n_tokens, set_aside=packed.n_set_aside)
+    return PackedData(
+        digest=packed.digest,
+        path=str(packed.path),
+        n_rows=packed.n_rows,
+        n_tokens=packed.n_tokens,
+        n_set_aside=packed.n_set_aside,
+    )
+
+
+def train_delta(fed: Federation, data: PackedData, run_id: str, base_version: int | None = None) -> DenseRef:
+    """Train from `base_version` (head when None) and publish the dense delta.
+
+    Raises:
+        TrainingError: the loss is not finite; nothing is published.
+        ChainError: the chain has no such version.
+    """
+    started_ms = _now_ms()
+    place = fed.home / "dense" / f"run-{sha256_hex(run_id.encode())[:32]}.json"
+    if not place.exists():
+        update = _train(fed, data, run_id, base_version)
+        lineage = _record_run(fed, update, started_ms)
+        write_durable(place, canonical_json({"update": update.model_dump(mode="json"), "lineage": lineage}))
+        failpoint("core.after_training")
+    done = json.loads(place.read_bytes())
+    update = DenseUpdate.model_validate(done["update"])
+    if not _dense_path(fed, update.update_id).exists():
+        partition, offset = fed.log.append(TOPIC, key=run_id.encode(), value=update.to_bytes(), headers={})
+        failpoint("core.after_publish")
+        dense = DenseInput(**update.model_dump(), topic=TOPIC, partition=partition, offset=offset)
+        record = {"dense": dense.model_dump(mode="json"), "lineage": done["lineage"]}
+        write_durable(_dense_path(fed, update.update_id), canonical_json(record))
+    return DenseRef(update_id=update.update_id, run_id=run_id, base_version=update.base_version)
+
+
+def _train(fed: Federation, data: PackedData, run_id: str, base_version: int | None) -> DenseUpdate:
+    from tier1.training.core_update import train_core_update
+    from tier1.training.data import PackedDataset
+    from tier1.training.progress import progress
+    from tier1.training.trainer import TrainSettings
+
+    state, core = fed.chain.state(), fed.config.core
+    if base_version is not None and base_version not in state.versions:
+        raise ChainError(f"base version must be 0..{max(state.versions)}, got {base_version}: see `fednested tier1 status`")
+    base = state.head if base_version is None else state.versions[base_version]
+    settings = TrainSettings(
+        steps=core.steps, batch_size=core.batch_size, learning_rate=core.learning_rate, seed=core.seed, threads=core.threads
+    )
+    packed = PackedDataset(
+        path=Path(data.path), digest=data.digest, n_rows=data.n_rows, n_tokens=data.n_tokens, n_bytes=0, n_set_aside=data.n_set_aside
+    )
+    with progress(core.steps, f"core update from v{base.version}") as on_step:
+        delta = train_core_update(base.snapshot, fed.blobs, packed, settings, fed.payloads, on_step=on_step)
+    log.info("core_update.trained", run=run_id, base=base.version, loss_first=delta.report.loss_first, loss_last=delta.report.loss_last)
+    return make_dense(
+        fed.signer,
+        run_id=run_id,
+        base_version=base.version,
+        base_digest=base.base_digest,
+        blobs=dict(delta.blobs),
+        steps=delta.report.steps,
+        tokens=delta.report.tokens,
+        dataset_digest=delta.dataset_digest,
+        trainer=fed.config.identity.principal,
+    )
+
+
+def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[str]:
+    from tier1.governance.lineage import Run, Source, run_event
+
+    core = fed.config.core
+    run = Run(
+        kind="core_update",
+        federation=fed.config.federation,
+        run_id=update.update_id,
+        principal=update.trainer,
+        inputs=[Source(platform="file", name=name, digest=update.dataset_digest) for name in sorted(core.datasets)],
+        outputs=[Source(platform="kafka", name=TOPIC, digest=update.update_id)],
+        parameters={"steps": core.steps, "batch_size": core.batch_size, "learning_rate": core.learning_rate, "seed": core.seed},
+        metrics={"tokens": float(update.tokens)},
+        started_ms=started_ms,
+        finished_ms=_now_ms(),
+    )
+    return list(fed.lineage.record(run_event(run)))
+
+
+def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
+    """Fold a published dense delta into head.
+
+    Raises:
+        PolicyDenied: the trainer may not aggregate from this topic.
+        EnvelopeError: the update's signature does not hold.
+    """
+    from tier1.versions.build import fold_candidate
+    from tier1.versions.candidates import save_candidate
+
+    record = json.loads(_dense_path(fed, ref.update_id).read_bytes())
+    dense = DenseInput.model_validate(record["dense"])
+    verify_dense(dense, fed.config.identity.trusted)
+    grant = fed.authorise("aggregate", f"topic:{TOPIC}")
+    candidate = fold_candidate(
+        fed.chain.state().head,
+        Inputs(dense=dense),
+        rates=fed.config.rates,
+        settings=fed.config.aggregation,
+        blobs=fed.blobs,
+        payloads=fed.payloads,
+        trainer=fed.config.identity.principal,
+        authorisation=grant.id,
+        lineage=record["lineage"],
+    )
+    digest = save_candidate(fed.home, candidate)
+    log.info("core_update.folded", candidate=digest, head=candidate.parent_version, base=dense.base_version)
+    return CandidateRef(digest=digest, parent_version=candidate.parent_version, n_accepted=1, n_refused=0)
+
+
+def _dense_path(fed: Federation, update_id: str) -> Path:
+    return fed.home / "dense" / f"{update_id}.json"
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

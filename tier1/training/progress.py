@@ -1,0 +1,26 @@
+"""A progress bar for long training: on a terminal a bar, in a log a line every tenth."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(steps: int, label: str) -> Iterator[Callable[[int, float], None]]:
+    """Yield a callback `(step from 1, loss)` that shows how far training is."""
+    from tqdm import tqdm
+
+    started = time.monotonic()
+    terminal = sys.stderr.isatty()
+    with tqdm(total=steps, desc=label, unit="step", disable=not terminal, leave=True) as bar:
+
+        def on_step(step: int, loss: float) -> None:
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            if not terminal and (step == steps or step % max(1, steps // 10) == 0):
+                print(f"{label}: step {step}/{steps}  loss {loss:.3f}  {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+        yield on_step
