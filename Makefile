@@ -64,7 +64,7 @@ claims: $(STAMP)
 	@$(PY) -m benchmarks.figures --check-readme
 
 wheel-test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/house/test_wheel.py tests/house/test_dependencies.py
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -x tests/house/test_dependencies.py tests/house/test_wheel.py
 
 wheel: $(STAMP) ## Build the edge wheel into dist/
 	@$(PY) -m build --wheel --no-isolation --outdir dist . > /dev/null
