@@ -174,13 +174,11 @@ class KafkaLog:
             return self._clients[kind]
 
     def _discard(self, producer: Any) -> None:
-        """Forget `producer` and what it still queues, so that nothing is sent behind the caller's back."""
+        """Forget `producer`; librdkafka drops what it still queues, so nothing is sent behind the caller's back."""
         with self._lock:
             if self._clients.get("producer") is producer:
                 del self._clients["producer"]
             self._partitions.clear()
-        with contextlib.suppress(self._kafka.KafkaException):  # a fatal producer refuses even this
-            producer.purge()
 
     def _note(self, error: Any) -> None:
         self._last_error = error.str()

@@ -1,0 +1,16 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from services.embedded import bootstrap_servers
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """FEDNESTED_KAFKA_BOOTSTRAP, else a real embedded broker for the whole session: use topic names of your own."""
+    with bootstrap_servers(tmp_path_factory.mktemp("broker")) as servers:
+        yield servers
