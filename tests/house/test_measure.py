@@ -1,0 +1,55 @@
+"""Wall time and peak memory of a command, as `make demo` prints them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from benchmarks.results import ROOT
+
+# A parent that starts a child; each holds 150 MiB of pages of its own for two seconds.
+HOLD = "import time; held = bytearray(150 * 2**20); held[::4096] = b'x' * len(held[::4096]); time.sleep(2)"
+TREE = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {HOLD!r}]); {HOLD}; child.wait()"
+
+
+def _command(code: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.measure", "the part", "--", sys.executable, "-c", code]
+
+
+def test_peak_memory_is_that_of_all_processes_together() -> None:
+    """Two processes of 150 MiB at the same time count as 300, not as the larger of the two."""
+    done = subprocess.run(_command(TREE), cwd=ROOT, capture_output=True, text=True, check=True)
+    (peak_gib,) = re.findall(r"^the part: 0 min \d\d s wall, ([\d.]+) GiB peak memory$", done.stdout, re.MULTILINE)
+    assert 0.29 <= float(peak_gib) < 0.45
+
+
+def test_the_exit_code_of_the_command_is_passed_on() -> None:
+    """A demo that failed is a failed `make demo`, measured or not."""
+    done = subprocess.run(_command("raise SystemExit(7)"), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 7
+    assert "the part: 0 min" in done.stdout
+
+
+def test_ctrl_c_lets_the_command_clean_up() -> None:
+    """The measurement outlives a Ctrl-C until the command has ended by itself."""
+    code = """
+import signal, sys, time
+def clean_up(*_):
+    time.sleep(0.5); print("cleaned up", flush=True); sys.exit(130)
+signal.signal(signal.SIGINT, clean_up)
+print("ready", flush=True)
+time.sleep(30)
+"""
+    process = subprocess.Popen(_command(code), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    # A terminal sends Ctrl-C to the whole group; start_new_session made a group of exactly these two processes.
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out.startswith("cleaned up\nthe part: ")
