@@ -1,0 +1,1 @@
+"""From device updates to a step of the experts: weigh, then fold."""

@@ -1,0 +1,202 @@
+"""F: a version as a function of its parent, its inputs and the configuration.
+
+    candidate = F(parent, inputs, rates, settings)
+
+One function for every occasion: the first fold, the fold with halved η after a failed gate, the fold on a new head
+after a lost race, the fold of inputs that a rejection set free, and replay. It reads the parent's blobs and archived
+inputs, writes the new blobs, and returns the manifest of what it made. Nothing else has a say: not the clock, not the
+order of arrival, not the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import fednested_lib
+from fednested_lib.blobs import BlobStore
+from fednested_lib.failpoints import failpoint
+from fednested_lib.signing import canonical_json, sha256_hex
+from fednested_lib.snapshot import expert_shapes
+from tier1.aggregation.dense import fold_dense_blobs
+from tier1.aggregation.fold import WeightedUpdate, fold_experts, magnitude, numeric_profile
+from tier1.aggregation.spool import FactorSpool
+from tier1.aggregation.weights import Expert, clip_factor, weigh
+from tier1.versions.admission import NOTHING_ADMITTED, Admission, readmit
+from tier1.versions.archive import Update, envelope_digest, read_delta, restore
+from tier1.versions.manifest import (
+    Accepted,
+    AggregationSettings,
+    Candidate,
+    Inputs,
+    Rates,
+)
+from tier1.versions.state import ChainState, VersionView
+
+
+@cache
+def code_version() -> str:
+    """Name the code of F: the release, and a digest over the sources it consists of."""
+    here = Path(__file__).parent
+    rooms = (here, here.parent / "aggregation", Path(fednested_lib.__file__).parent)
+    sources = {f"{path.parent.name}/{path.name}": path.read_bytes() for room in rooms for path in room.glob("*.py")}
+    digest = sha256_hex(canonical_json({name: sha256_hex(data) for name, data in sources.items()}))
+    return f"{fednested_lib.__version__}+{digest[:12]}"
+
+
+def fold_candidate(
+    parent: VersionView,
+    inputs: Inputs,
+    admission: Admission = NOTHING_ADMITTED,
+    *,
+    rates: Rates,
+    settings: AggregationSettings,
+    blobs: BlobStore,
+    payloads: BlobStore,
+    trainer: str,
+    authorisation: str,
+    lineage: Sequence[str] = (),
+) -> Candidate:
+    """Fold inputs into `parent`.
+
+    A cut: W_experts ← W_experts + η_T2 · ΔW_agg. A dense update: W_core ← W_core + η_core · ΔW_core and W_experts ←
+    W_experts + η_T1 · ΔW_experts; the parent may be newer than the version it was trained on.
+
+    Args:
+        parent: the version to build on.
+        inputs: a cut or a dense update.
+        admission: what `admit` made of the cut's records, in any order; payloads are archived.
+        rates: step sizes.
+        settings: clip, prior, rule and mass.
+        blobs: holds the parent's blobs and receives the new ones.
+        payloads: the archive: payloads of device updates, slices of dense deltas.
+        trainer: principal that folds; recorded.
+        authorisation: id of the policy decision; recorded.
+        lineage: ids of lineage records; recorded.
+
+    Raises:
+        PayloadError: a dense delta does not fit the model or is not finite.
+        SnapshotError: a blob of the parent or the archive is missing or corrupt.
+        StorageError: a disk is full.
+    """
+    if inputs.dense is not None:
+        accepted: list[Accepted] = []
+        folded = fold_dense_blobs(
+            parent.blobs,
+            inputs.dense.blobs,
+            eta_core=rates.eta_core,
+            eta_t1=rates.eta_t1,
+            store=blobs,
+            payloads=payloads,
+        )
+    else:
+        folded, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, payloads)
+    failpoint("fold.after_blobs")
+    return Candidate(
+        parent=parent.digest,
+        parent_version=parent.version,
+        inputs=inputs,
+        accepted=accepted,
+        refused=sorted(admission.refused, key=lambda record: (record.partition, record.offset)),
+        rates=rates,
+        settings=settings,
+        code_version=code_version(),
+        profile=numeric_profile(),
+        family=parent.family,
+        model=parent.model,
+        tokenizer=parent.tokenizer,
+        blobs=folded,
+        trainer=trainer,
+        authorisation=authorisation,
+        lineage=list(lineage),
+    )
+
+
+def refold(
+    candidate: Candidate, state: ChainState, rates: Rates, *, blobs: BlobStore, payloads: BlobStore
+) -> Candidate:
+    """Fold the inputs of a candidate again, from the archive: on the head of `state`, with `rates`.
+
+    Updates that the chain has accepted meanwhile, or that are too stale for this head, move to the refused.
+
+    Raises:
+        ChainCorrupt: an archived envelope or payload was altered.
+        SnapshotError: a blob is missing or corrupt.
+        StorageError: a disk is full.
+    """
+    admission = readmit([restore(accepted, payloads) for accepted in candidate.accepted], state, candidate.settings)
+    return fold_candidate(
+        state.head,
+        candidate.inputs,
+        Admission(updates=admission.updates, refused=(*candidate.refused, *admission.refused)),
+        rates=rates,
+        settings=candidate.settings,
+        blobs=blobs,
+        payloads=payloads,
+        trainer=candidate.trainer,
+        authorisation=candidate.authorisation,
+        lineage=candidate.lineage,
+    )
+
+
+def _fold_updates(
+    parent: VersionView,
+    updates: Sequence[Update],
+    eta: float,
+    settings: AggregationSettings,
+    blobs: BlobStore,
+    payloads: BlobStore,
+) -> tuple[dict[str, str], list[Accepted]]:
+    """Clip, weigh and fold, one decoded update and then one expert matrix in memory at a time."""
+    ordered = sorted(updates, key=lambda update: update.envelope.update_id)
+    shapes = expert_shapes(parent.snapshot)
+    tokens = [update.tokens() for update in ordered]
+    stalenesses = [parent.staleness(update.envelope.base_version) for update in ordered]
+    with FactorSpool() as spool:
+        norms = []
+        for update, counts in zip(ordered, tokens, strict=True):
+            delta = read_delta(update, payloads, shapes)
+            norms.append(magnitude(delta, counts)[0])
+            spool.add(update.envelope.update_id, delta)
+        clips = [clip_factor(norm, settings.max_norm) for norm in norms]
+        weights = weigh(tokens, stalenesses, clips, settings)
+        terms = [_weighted(update, row, spool) for update, row in zip(ordered, weights, strict=True)]
+        folded = fold_experts(parent.blobs, terms, eta=eta, store=blobs)
+    rows = zip(ordered, stalenesses, norms, clips, weights, strict=True)
+    return folded, [_accepted(*row) for row in rows]
+
+
+def _weighted(update: Update, weights: dict[Expert, float], spool: FactorSpool) -> WeightedUpdate:
+    update_id = update.envelope.update_id
+    return WeightedUpdate(
+        update_id=update_id,
+        scale=update.envelope.adapter.spec().scale,
+        weights=weights,
+        factors=lambda param, expert: spool.read(update_id, param, expert),
+    )
+
+
+def _accepted(update: Update, staleness: int, norm: float, clip: float, weights: dict[Expert, float]) -> Accepted:
+    envelope = update.envelope
+    return Accepted(
+        update_id=envelope.update_id,
+        client_id=envelope.client_id,
+        key_epoch=envelope.key_epoch,
+        sequence=envelope.sequence,
+        base_version=envelope.base_version,
+        staleness=staleness,
+        partition=update.partition,
+        offset=update.offset,
+        record_sha256=update.record_sha256,
+        envelope_sha256=envelope_digest(update),
+        payload_sha256=envelope.payload_sha256,
+        payload_bytes=envelope.payload_bytes,
+        public_key=update.public_key,
+        tokens=sum(update.tokens().values()),
+        norm=norm,
+        clip=clip,
+        weight=math.fsum(weights.values()) / len(weights) if weights else 0.0,
+        experts=len(weights),
+    )
