@@ -135,6 +135,16 @@ def audit(config: Path = CONFIG, version: int = typer.Option(..., help="version 
         typer.echo(line)
 
 
+@app.command("verify")
+def verify(config: Path = CONFIG) -> None:
+    """Re-read chain, anchor, archive, log and weights, and name the first thing that does not hold."""
+    from tier1.federation import open_federation
+    from tier1.loops.replay import verify_all
+
+    for line in verify_all(open_federation(config)):
+        typer.echo(line)
+
+
 @app.command("status")
 def status(config: Path = CONFIG) -> None:
     """Print the chain: head, champion, versions and what became of them."""

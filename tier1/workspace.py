@@ -24,7 +24,7 @@ POLICY = """\
 version: 1
 groups:
   trainers: [{trainer}]
-  secops: [{approver}]
+  secops: [{approver}, console]   # console: a bare answer at the gate; take it out where only signed tokens may decide
 allow:
   - {{id: train-core, groups: [trainers], actions: [read, train], resources: ["dataset:*"], purposes: [core-update]}}
   - {{id: fold-updates, groups: [trainers], actions: [read, aggregate], resources: ["topic:updates.experts.local", "topic:updates.tier1"]}}
@@ -79,7 +79,7 @@ def create_workspace(
         "core": {"datasets": dict(datasets)},
         "evaluation": {"suites": dict(suites)},
         "registry": {"uri": "file"},
-        "governance": {"policy": "policy.yaml", "approvers": {approver.public_key: APPROVER}},
+        "governance": {"policy": "policy.yaml", "approvers": {approver.public_key: APPROVER}, "allow_unverified": True},
     }
     for key, value in (overrides or {}).items():
         document[key] = {**document[key], **value} if isinstance(value, Mapping) and key in document else value

@@ -15,6 +15,7 @@ from fednested_lib.errors import ConfigError
 from tier1.federation import Federation
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import CandidateRef, CutRef
+from tier1.versions.candidates import save_candidate
 from tier1.versions.manifest import Candidate, Cut, Inputs
 
 log = structlog.get_logger()
@@ -51,8 +52,6 @@ def fold_updates(fed: Federation, cut: CutRef) -> CandidateRef:
         PolicyDenied: the trainer may not aggregate from this topic.
         LogError: the log no longer holds what the cut names.
     """
-    from tier1.versions.candidates import save_candidate
-
     if cut.n_records == 0:
         return CandidateRef(digest="", parent_version=fed.chain.state().head.version, n_accepted=0, n_refused=0)
     candidate = fold_cut(fed, _load_cut(cut))
@@ -63,17 +62,27 @@ def fold_updates(fed: Federation, cut: CutRef) -> CandidateRef:
 
 
 def fold_cut(fed: Federation, cut: Cut) -> Candidate:
-    """Authorise, record lineage, and fold a cut on the current head."""
-    from tier1.versions.admission import archive_cut
+    """Authorise, admit, record lineage, and fold a cut on the current head."""
+    from tier1.versions.admission import admit
     from tier1.versions.build import fold_candidate
+    from tier1.versions.cut import read_cut
 
     grant = fed.authorise("aggregate", f"topic:{cut.topic}")
-    archive_cut(cut, fed.log, fed.payloads)
+    state, settings = fed.chain.state(), fed.config.aggregation
+    admission = admit(
+        read_cut(fed.log, cut),
+        state,
+        devices=fed.config.devices,
+        settings=settings,
+        payloads=fed.payloads,
+        archive=fed.payloads,
+    )
     return fold_candidate(
-        fed.chain.state().head,
+        state.head,
         Inputs(cut=cut),
+        admission,
         rates=fed.config.rates,
-        settings=fed.config.aggregation,
+        settings=settings,
         blobs=fed.blobs,
         payloads=fed.payloads,
         trainer=fed.config.identity.principal,

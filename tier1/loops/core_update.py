@@ -22,6 +22,7 @@ from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.federation import Federation
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
+from tier1.versions.candidates import save_candidate
 from tier1.versions.dense_update import make_dense, verify_dense
 from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
 
@@ -144,7 +145,6 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
         EnvelopeError: the update's signature does not hold.
     """
     from tier1.versions.build import fold_candidate
-    from tier1.versions.candidates import save_candidate
 
     record = json.loads(_dense_path(fed, ref.update_id).read_bytes())
     dense = DenseInput.model_validate(record["dense"])

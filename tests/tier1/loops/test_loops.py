@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pytest
+
+from fednested_lib.errors import ChainConflict, GovernanceError, PolicyDenied
+from fednested_lib.events import parse_event
+from tests.federation import Device, make_federation
+from tier1.loops.aggregate_experts import fold_updates, take_updates
+from tier1.loops.broadcast import publish_champion
+from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
+from tier1.loops.evaluate_and_promote import decide, newest_candidate, settle_candidate
+from tier1.loops.replay import audit_version, replay_versions, verify_all
+
+
+def core_round(fed, run="r1", base=None):
+    grant = authorise_training(fed, run)
+    return fold_dense(fed, train_delta(fed, pack_datasets(fed, grant), run, base))
+
+
+def fast_round(fed, answer="approve"):
+    settled = settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    return settled, decide(fed, settled, answer, "console")
+
+
+@pytest.fixture
+def fed(tmp_path):
+    """A federation whose version 1 (a core update) is approved."""
+    fed = make_federation(tmp_path)
+    settled = settle_candidate(fed, core_round(fed))
+    assert settled.status == "head"
+    assert decide(fed, settled, "approve", "console").champion == 1
+    return fed
+
+
+def test_a_nested_round_moves_head_champion_registry_and_topic(fed):
+    """Updates of three devices become version 2, which is approved, registered, published and replayed."""
+    for client in ("ann", "bob", "cyd"):
+        Device(fed, client).send()
+    settled, outcome = fast_round(fed)
+    assert (settled.status, settled.version, outcome.verdict, outcome.champion) == ("head", 2, "approved", 2)
+    assert fed.registry.get("champion").manifest_digest == settled.manifest
+    assert fed.registry.get("candidate") is None
+    published = publish_champion(fed)
+    low, high = fed.log.watermarks("control.federation_rounds")[0]
+    event = parse_event(next(iter(fed.log.read("control.federation_rounds", {0: (high - 1, high)}))).value)
+    assert (event.version, event.snapshot) == (published.version, published.snapshot) == (2, event.snapshot)
+    assert [line.split(":")[1].split(",")[0].strip() for line in replay_versions(fed)] == ["identical"] * 3
+    assert len(list(verify_all(fed))) == 4
+    assert sum("accepted" in line for line in audit_version(fed, 2)) == 3
+
+
+def test_an_empty_cut_is_nothing_and_asks_nobody(fed):
+    """Without updates no candidate, no entry and no decision come about."""
+    entries = len(fed.chain.entries())
+    settled, outcome = fast_round(fed, answer="")
+    assert (settled.status, outcome.verdict, outcome.champion) == ("nothing", "nothing", 1)
+    assert len(fed.chain.entries()) == entries
+
+
+def test_settling_twice_changes_nothing(fed):
+    """A second run of the same inputs finds their entry: a crash after the commit costs nothing."""
+    Device(fed, "ann").send()
+    candidate = fold_updates(fed, take_updates(fed))
+    first = settle_candidate(fed, candidate)
+    entries = [sealed.digest for sealed in fed.chain.entries()]
+    assert settle_candidate(fed, candidate) == first
+    assert [sealed.digest for sealed in fed.chain.entries()] == entries
+
+
+def test_a_rejected_version_is_void_and_its_inputs_are_spent(fed):
+    """After a rejection head is the parent again and the next cut starts behind the rejected one."""
+    Device(fed, "ann").send()
+    settled, outcome = fast_round(fed, "reject: looks odd")
+    state = fed.chain.state()
+    assert (outcome.verdict, outcome.champion, state.head.version) == ("rejected", 1, 1)
+    assert take_updates(fed).n_records == 0
+    assert sum(state.offsets.values()) == 1
+
+
+def test_successors_of_a_rejected_version_are_folded_again_without_it(fed):
+    """Rejecting version 2 while 3 is head makes version 4 from 3's inputs alone, on version 1."""
+    ann, bob = Device(fed, "ann"), Device(fed, "bob")
+    ann.send()
+    second = settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    bob.send()
+    third = settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    assert third.version == 3
+    assert decide(fed, second, "reject", "console").verdict == "rejected"
+    state = fed.chain.state()
+    head = fed.chain.entries()[state.head.seq].entry.body
+    assert (state.head.version, state.head.parent.version) == (4, 1)
+    assert [row.client_id for row in head.candidate.accepted] == ["bob"]
+    assert {2, 3} <= state.voided
+    assert all("identical" in line for line in replay_versions(fed))
+
+
+def test_a_failing_gate_halves_eta_and_then_rejects(tmp_path):
+    """A harmful update is tried with η, η/2, η/4; then its inputs are spent and head stays."""
+    fed = make_federation(tmp_path, evaluation={"max_regression": 0.0, "max_tries": 3}, aggregation={"max_norm": 1e6})
+    settled = settle_candidate(fed, core_round(fed))
+    head = fed.chain.state().head.version
+    Device(fed, "ann").send(size=3.0, base=head)
+    settled = settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    body = fed.chain.entries()[-1].entry.body
+    assert settled.status == "rejected"
+    assert [one.rates.eta_t2 for one in body.tries] == [1.0, 0.5, 0.25]
+    assert fed.chain.state().head.version == head
+    assert decide(fed, settled, "", "console").verdict == "gate_rejected"
+    assert take_updates(fed).n_records == 0
+
+
+def test_a_core_update_that_ends_after_two_folds_lands_on_the_new_head(fed):
+    """Training starts from version 1 and is folded into version 3; both folds stay."""
+    data = pack_datasets(fed, authorise_training(fed, "slow"))
+    trained = train_delta(fed, data, "slow", 1)
+    for _ in range(2):
+        Device(fed, "ann", sequence=fed.chain.state().head.version).send()
+        fast_round(fed)
+    assert fed.chain.state().head.version == 3
+    settled = settle_candidate(fed, fold_dense(fed, trained))
+    state = fed.chain.state()
+    assert (settled.version, state.head.parent.version, trained.base_version) == (4, 3, 1)
+    assert all("identical" in line for line in replay_versions(fed))
+
+
+def test_of_two_committers_one_wins_and_the_other_folds_again(fed):
+    """A candidate folded on version 1 after somebody made version 2 is folded again on 2, the race recorded."""
+    trained = train_delta(fed, pack_datasets(fed, authorise_training(fed, "slow")), "slow", None)
+    late = fold_dense(fed, trained)
+    Device(fed, "ann").send()
+    fast_round(fed)
+    settled = settle_candidate(fed, late)
+    tries = fed.chain.entries()[-1].entry.body.tries
+    assert (settled.version, [one.outcome for one in tries]) == (3, ["lost_race", "passed"])
+
+
+def test_the_same_cut_cannot_be_committed_by_two(fed):
+    """Two overlapping cuts: the second committer is told to take a new one, nothing is consumed twice."""
+    ann, bob = Device(fed, "ann"), Device(fed, "bob")
+    ann.send()
+    small = fold_updates(fed, take_updates(fed))
+    bob.send()
+    large = fold_updates(fed, take_updates(fed))
+    settle_candidate(fed, large)
+    with pytest.raises(ChainConflict, match="take a new cut"):
+        settle_candidate(fed, small)
+
+
+def test_refused_updates_stand_in_the_manifest_and_in_quarantine(fed):
+    """An altered envelope is refused with its reason while the rest of the cut goes on."""
+    Device(fed, "ann").send()
+    bob = Device(fed, "bob")
+    good = bob.send()
+    bob.append(good.to_bytes().replace(b'"num_examples":8', b'"num_examples":9'), b"x")
+    settled, _ = fast_round(fed)
+    body = fed.chain.entries()[fed.chain.state().versions[settled.version].seq].entry.body
+    assert len(body.candidate.accepted) == 2
+    assert [row.reason for row in body.candidate.refused] == ["bad_update_id"]
+    assert fed.log.watermarks("updates.experts.quarantine")[0] == (0, 1)
+
+
+def test_a_run_that_died_after_training_publishes_its_delta_once(fed, monkeypatch):
+    """The restarted run of the same name neither trains again nor publishes another delta."""
+    data = pack_datasets(fed, authorise_training(fed, "r2"))
+    first = train_delta(fed, data, "r2")
+    end = fed.log.watermarks("updates.tier1")
+    assert train_delta(fed, data, "r2") == first
+    assert fed.log.watermarks("updates.tier1") == end
+
+
+def test_training_needs_a_policy_that_allows_it(tmp_path):
+    """Without an allow rule the core update stops before it reads data."""
+    fed = make_federation(tmp_path)
+    (tmp_path / "policy.yaml").write_text("version: 1\n")
+    with pytest.raises(PolicyDenied, match="dataset:plays"):
+        authorise_training(fed, "r1")
+    assert not fed.chain.exists()
+
+
+def test_an_answer_that_is_no_decision_is_refused_and_the_version_waits(fed):
+    """Nonsense at the gate decides nothing."""
+    Device(fed, "ann").send()
+    settled = settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    with pytest.raises(GovernanceError, match="neither approve"):
+        decide(fed, settled, "yes please do", "console")
+    assert fed.chain.state().champion.version == 1
+    assert newest_candidate(fed).digest == ""

@@ -1,0 +1,311 @@
+"""The outer loop, step by step: evaluate, gate, advance head; then a person's decision makes it champion.
+
+    head ← candidate     if no suite's loss rises by more than the bound; else halve η and fold again, then reject
+    champion ← head      if an approver who is not the trainer approves; a rejection voids it and its successors,
+                         whose inputs are folded again without it
+
+The chain entry is the decision; registry, quarantine topic and lineage are views that are repaired from it, so a crash
+after the entry costs nothing but a second call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from fednested_lib.errors import ChainConflict, GovernanceError, PromotionBlocked
+from fednested_lib.failpoints import failpoint
+from tier1.evaluation.gate import judge
+from tier1.evaluation.suites import SuiteResult, SuiteRegistry
+from tier1.federation import Federation
+from tier1.governance.approvals import DecisionInput, parse_decision
+from tier1.governance.ports import AccessDecision, AccessRequest
+from tier1.loops.genesis import now_text
+from tier1.loops.records import CandidateRef, Outcome, Settled
+from tier1.loops.views import sync_views
+from tier1.versions.candidates import load_candidate, newest_first, save_candidate
+from tier1.versions.manifest import Candidate, Decision, GateRecord, Rates, SuiteChange, Version
+from tier1.versions.state import ChainState, Sealed, VersionView
+
+log = structlog.get_logger()
+NOTHING = Settled(status="nothing", version=-1, manifest="", candidate="", tries=0, reason="no candidate waits: nothing was folded since the last one")
+
+
+def newest_candidate(fed: Federation) -> CandidateRef:
+    """Return the newest candidate whose inputs no entry has consumed; its digest is empty if there is none."""
+    spent = fed.chain.state().spent if fed.chain.exists() else {}
+    for digest in newest_first(fed.home):
+        candidate = load_candidate(fed.home, digest)
+        if candidate.inputs.id() not in spent:
+            return _reference(digest, candidate)
+    return CandidateRef(digest="", parent_version=-1, n_accepted=0, n_refused=0)
+
+
+def settle_candidate(fed: Federation, candidate: CandidateRef) -> Settled:
+    """Bring a candidate (the newest unsettled one if its digest is empty) through the automatic gate into the chain.
+
+    Running it again finds the entry of these inputs and changes nothing.
+
+    Raises:
+        ChainConflict: another committer consumed part of the same cut; take a new one.
+        ChainCorrupt: the chain is damaged.
+    """
+    ref = candidate if candidate.digest else newest_candidate(fed)
+    if not ref.digest:
+        waiting = waiting_versions(fed)
+        return _settled(fed, fed.chain.entries()[fed.chain.state().versions[waiting[-1][0]].seq]) if waiting else NOTHING
+    settlement = _settle(fed, load_candidate(fed.home, ref.digest))
+    if settlement is None:
+        return NOTHING
+    sync_views(fed)
+    return _settled(fed, settlement)
+
+
+def _settle(fed: Federation, candidate: Candidate) -> Sealed | None:
+    from tier1.versions.build import refold
+    from tier1.versions.commit import settle
+
+    fold: Callable[[ChainState, Rates], Candidate] = partial(refold, candidate, blobs=fed.blobs, payloads=fed.payloads)
+    settlement = settle(
+        candidate,
+        chain=fed.chain,
+        gate=partial(gate_candidate, fed),
+        fold=fold,
+        save=partial(save_candidate, fed.home),
+        max_tries=fed.config.evaluation.max_tries,
+    )
+    log.info("candidate.settled", outcome=settlement.outcome, seq=settlement.sealed.entry.seq if settlement.sealed else None)
+    return settlement.sealed
+
+
+def _settled(fed: Federation, sealed: Sealed) -> Settled:
+    body = sealed.entry.body
+    is_version = isinstance(body, Version)
+    last = body.tries[-1] if body.tries else None
+    return Settled(
+        status="head" if is_version else "rejected",
+        version=body.version if is_version else -1,
+        manifest=sealed.digest,
+        candidate=body.candidate.digest(),
+        tries=len(body.tries),
+        reason=(last.gate.reason if last and last.gate else "") if is_version else body.reason,
+    )
+
+
+def gate_candidate(fed: Federation, candidate: Candidate) -> GateRecord:
+    """Evaluate a candidate against the champion-to-be's parent and judge it: the automatic gate."""
+    from fednested_lib.snapshot import SnapshotManifest
+
+    parent = fed.chain.state().versions[candidate.parent_version]
+    after = SnapshotManifest(
+        version=candidate.parent_version, family=candidate.family, model_config=candidate.model, tokenizer=candidate.tokenizer, blobs=candidate.blobs
+    )
+    report = judge(measure(fed, parent.snapshot), measure(fed, after), max_regression=fed.config.evaluation.max_regression)
+    rows = [SuiteChange(suite=r.suite, before=r.before, after=r.after, bound=r.bound, passed=r.passed) for r in report.rows]
+    return GateRecord(candidate=candidate.digest(), passed=report.passed, reason=report.reason, rows=rows)
+
+
+def measure(fed: Federation, snapshot) -> dict[str, SuiteResult]:
+    """Measure a snapshot on every suite that was ever registered."""
+    from tier1.evaluation.measured import measure_snapshot
+
+    settings = fed.config.evaluation
+    registry = SuiteRegistry(fed.home / "suites")
+    registry.register(settings.suites)
+    return measure_snapshot(
+        snapshot, registry.suites(), fed.blobs, seq_len=settings.seq_len, max_tokens=settings.max_tokens, reports=fed.home / "reports"
+    )
+
+
+def waiting_versions(fed: Federation) -> list[tuple[int, str]]:
+    """Return (number, manifest digest) of the versions that are newer than the champion and wait for a decision."""
+    if not fed.chain.exists():
+        return []
+    state = fed.chain.state()
+    open_numbers = sorted(set(state.versions) - state.voided - state.approved - {0})
+    champion = state.champion.version
+    return [(number, state.versions[number].digest) for number in open_numbers if number > champion]
+
+
+def manifest_of(fed: Federation, version: int) -> str:
+    """Return the manifest digest of a version.
+
+    Raises:
+        GovernanceError: the chain has no such version.
+    """
+    versions = fed.chain.state().versions
+    if version not in versions:
+        raise GovernanceError(f"version must be one of 0..{max(versions)}, got {version}: see `fednested tier1 status`")
+    return versions[version].digest
+
+
+def decide(fed: Federation, settled: Settled, answer: str, channel: str) -> Outcome:
+    """Record what the person decided about a settled version.
+
+    Args:
+        fed: the federation.
+        settled: what `settle_candidate` returned.
+        answer: a decision token, or `approve`, `reject`, `reject: reason`.
+        channel: how a bare answer came: `console`, or `flag` (local profile only).
+
+    Returns:
+        The outcome; `blocked` when an approval lacks a requirement (named in `reason`; the champion is unchanged).
+
+    Raises:
+        GovernanceError: the answer is no decision, a token for another version, or by an unknown key.
+    """
+    if settled.status != "head":
+        verdict = "gate_rejected" if settled.status == "rejected" else "nothing"
+        return _outcome(fed, verdict, settled.version, settled.reason)
+    if channel == "flag" and fed.config.profile != "local":
+        raise GovernanceError("channel flag is for profile: local: answer the gate with a decision token")
+    decision = parse_decision(
+        answer, fed.config.governance.approvers, manifest_digest=settled.manifest, channel="flag" if channel == "flag" else "console"
+    )
+    done = _decided_already(fed, settled, decision)
+    if done is not None:
+        return done
+    if decision.verdict == "reject":
+        return _reject(fed, settled, decision)
+    try:
+        return _approve(fed, settled, decision)
+    except PromotionBlocked as blocked:
+        log.warning("promotion.blocked", version=settled.version, approver=decision.approver)
+        return _outcome(fed, "blocked", settled.version, str(blocked))
+
+
+def _decided_already(fed: Federation, settled: Settled, decision: DecisionInput) -> Outcome | None:
+    state = fed.chain.state()
+    if settled.version in state.rejected:
+        sync_views(fed)
+        refold_pending(fed)
+        return _outcome(fed, "rejected", settled.version, "rejected before")
+    if settled.version in state.voided:
+        return _outcome(fed, "rejected", settled.version, "voided: a version it was built on was rejected")
+    if settled.version in state.approved and decision.verdict == "approve":
+        sync_views(fed)
+        return _outcome(fed, "approved", settled.version, "approved before")
+    return None
+
+
+def _outcome(fed: Federation, verdict: str, version: int, reason: str) -> Outcome:
+    champion = fed.chain.state().champion.version if fed.chain.exists() else -1
+    return Outcome(verdict=verdict, version=version, champion=champion, reason=reason)
+
+
+def _approve(fed: Federation, settled: Settled, decision: DecisionInput) -> Outcome:
+    from tier1.governance.promotion import require_promotable
+
+    request = AccessRequest(
+        principal=decision.approver, action="promote", resource=fed.model_resource, context={"identity": decision.identity}
+    )
+    access = fed.authorizer.decide(request)
+    require_promotable(promotion_evidence(fed, settled.version, decision, access))
+    _append_decision(fed, settled, decision, access)
+    sync_views(fed)
+    log.info("version.approved", version=settled.version, approver=decision.approver, identity=decision.identity)
+    return _outcome(fed, "approved", settled.version, decision.reason)
+
+
+def promotion_evidence(fed: Federation, number: int, decision: DecisionInput, access: AccessDecision | None):
+    """Collect what the promotion checklist looks at, from the chain and the lineage outbox."""
+    from tier1.governance.promotion import PromotionEvidence
+
+    view = fed.chain.state().versions[number]
+    sealed = fed.chain.entries()[view.seq]
+    candidate = sealed.entry.body.candidate
+    gates = [one.gate for one in sealed.entry.body.tries if one.outcome == "passed"]
+    trainers = {candidate.trainer} | ({candidate.inputs.dense.trainer} if candidate.inputs.dense else set())
+    return PromotionEvidence(
+        version=number,
+        manifest_digest=view.digest,
+        candidate_digest=candidate.digest(),
+        model=fed.model_resource,
+        trainers=frozenset(trainers),
+        signed_message=sealed.entry.signed_part(),
+        signature=sealed.entry.signature,
+        signer=sealed.entry.signer,
+        trusted=fed.config.identity.trusted,
+        decision=decision,
+        access=access,
+        allow_unverified=fed.config.governance.allow_unverified,
+        gate=gates[-1] if gates else None,
+        lineage=tuple(candidate.lineage),
+        lineage_missing=fed.lineage.missing(candidate.lineage),
+    )
+
+
+def _append_decision(fed: Federation, settled: Settled, decision: DecisionInput, access: AccessDecision) -> None:
+    from tier1.loops.views import record_promotion
+
+    lineage = record_promotion(fed, settled.version, decision, access)
+    while True:
+        state = fed.chain.state()
+        refolded = [view.digest for view in state.successors(settled.version)[1:]] if decision.verdict == "reject" else []
+        body = Decision(
+            verdict=decision.verdict,
+            version=settled.version,
+            manifest=settled.manifest,
+            approver=decision.approver,
+            verified=decision.verified,
+            channel=decision.channel,
+            reason=decision.reason,
+            token_sha256=decision.token_sha256,
+            authorisation=access.id,
+            lineage=list(lineage),
+            refolded=refolded,
+            created_at=now_text(),
+        )
+        try:
+            fed.chain.append(body, state.next_seq)
+            failpoint("decide.after_append")
+            return
+        except ChainConflict:
+            log.info("decision.lost_race", version=settled.version)  # the decision is about the version, not the head: say it again
+
+
+def _reject(fed: Federation, settled: Settled, decision: DecisionInput) -> Outcome:
+    request = AccessRequest(
+        principal=decision.approver, action="promote", resource=fed.model_resource, context={"identity": decision.identity}
+    )
+    access = fed.authorizer.decide(request)
+    if not access.allowed:
+        return _outcome(fed, "blocked", settled.version, f"policy: {decision.approver} may not decide on {fed.model_resource}: {access.reason}")
+    if not decision.verified and not fed.config.governance.allow_unverified:
+        return _outcome(fed, "blocked", settled.version, "identity: unverified and governance.allow_unverified is false: reject with a signed token")
+    _append_decision(fed, settled, decision, access)
+    log.info("version.rejected", version=settled.version, approver=decision.approver)
+    sync_views(fed)
+    refold_pending(fed)
+    return _outcome(fed, "rejected", settled.version, decision.reason)
+
+
+def refold_pending(fed: Federation) -> list[int]:
+    """Fold again the inputs that a rejection set free, oldest first, each through its own gate; return the new versions."""
+    from tier1.versions.build import refold
+
+    made: list[int] = []
+    while pending := fed.chain.state().pending:
+        candidate = pending[0].entry.body.candidate
+        state = fed.chain.state()
+        again = refold(candidate, state, fed.config.rates, blobs=fed.blobs, payloads=fed.payloads)
+        save_candidate(fed.home, again)
+        sealed = _settle(fed, again)
+        if sealed is not None and isinstance(sealed.entry.body, Version):
+            made.append(sealed.entry.body.version)
+        sync_views(fed)
+    return made
+
+
+def _reference(digest: str, candidate: Candidate) -> CandidateRef:
+    return CandidateRef(
+        digest=digest, parent_version=candidate.parent_version, n_accepted=len(candidate.accepted), n_refused=len(candidate.refused)
+    )
+
+
+def losses_of(fed: Federation, view: VersionView) -> dict[str, float]:
+    """Return the loss per suite of a version, nats per token."""
+    return {name: result.nats_per_token for name, result in measure(fed, view.snapshot).items()}

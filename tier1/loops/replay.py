@@ -1,0 +1,94 @@
+"""What anybody may ask of a finished federation: rebuild it, audit it, list it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+from fednested_lib.blobs import BlobStore
+from fednested_lib.errors import ChainCorrupt
+from tier1.federation import Federation
+from tier1.governance.registry import check_anchor
+from tier1.versions.audit import AuditRow, audit
+from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
+
+
+def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str]:
+    """Rebuild versions from genesis and the archived inputs and compare every blob; one line each.
+
+    Raises:
+        ChainCorrupt: a rebuilt blob differs, or evidence does not hold; named.
+    """
+    check_anchor(fed.registry.anchor(), [sealed.digest for sealed in fed.chain.entries()])
+    scratch = fed.home / "replay"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        wanted = None if version is None else [version]
+        results = replay(
+            fed.chain,
+            wanted,
+            payloads=fed.payloads,
+            genesis=fed.blobs,
+            target=BlobStore(scratch),
+            originals=fed.blobs,
+            devices=fed.config.devices,
+        )
+        for result in results:
+            line = f"version {result.version}: {result.verdict}, {result.n_blobs} blobs, {result.n_folded} of them made by this version"
+            if result.verdict == "differs":
+                raise ChainCorrupt(f"{line}; first difference at {result.where}: the manifest or the code is not the one that made it")
+            yield line if result.largest_difference is None else f"{line}, largest difference {result.largest_difference:.2e}"
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def verify_all(fed: Federation) -> Iterator[str]:
+    """Re-read everything that is stored: chain, anchor, archive, log and weights; one line per part.
+
+    Raises:
+        FednestedError: the first thing that does not hold, named.
+    """
+    entries = fed.chain.entries()
+    check_anchor(fed.registry.anchor(), [sealed.digest for sealed in entries])
+    yield f"chain: {len(entries)} entries, signatures and links hold, its end is the one that the registry remembers"
+    yield f"archive: {verify_archive(fed.chain, fed.payloads)} accepted updates, envelopes and payloads hold"
+    checks = verify_log(fed.chain, fed.log)
+    same = sum(check.status == "same" for check in checks)
+    yield f"log: {same} of {len(checks)} cuts are still there and unchanged, {len(checks) - same} expired"
+    problems = verify_blobs(fed.chain.state(), fed.blobs)
+    if problems:
+        first = problems[0]
+        raise ChainCorrupt(f"weights of version {first.version}, slice {first.key}: {first.message}")
+    yield f"weights: every blob of {len(fed.chain.state().versions)} versions holds"
+
+
+def audit_version(fed: Federation, version: int) -> Iterator[str]:
+    """Say who contributed what with which weight, and what was refused why."""
+    found = audit(fed.chain, version)
+    parent = "none" if found.parent_version is None else f"version {found.parent_version}"
+    yield f"version {version}  manifest {found.manifest}  parent {parent}  {', '.join(found.standing) or 'waiting'}"
+    yield f"made by {found.trainer} at {found.created_at}; tries: {', '.join(found.tries) or 'none'}"
+    yield from map(_audit_line, found.rows)
+
+
+def _audit_line(row: AuditRow) -> str:
+    if row.kind == "refused":
+        return f"  refused   {row.source}  {row.reason}: {row.detail}"
+    if row.kind == "dense":
+        return f"  dense     {row.source}  {row.who}  base v{row.base_version}  tokens {row.tokens}"
+    return (
+        f"  accepted  {row.source}  {row.who} #{row.sequence}  base v{row.base_version}  staleness {row.staleness}  tokens {row.tokens}  "
+        f"norm {row.norm:.4f}  clip {row.clip:.3f}  weight {row.weight:.5f}"
+    )
+
+
+def chain_lines(fed: Federation) -> Iterator[str]:
+    """List versions with what became of them, oldest first."""
+    state = fed.chain.state()
+    yield f"head version {state.head.version}  champion version {state.champion.version}  entries {state.next_seq}  chain {state.digest}"
+    for number in sorted(state.versions):
+        found = audit(fed.chain, number)
+        accepted = sum(row.kind == "accepted" for row in found.rows)
+        refused = sum(row.kind == "refused" for row in found.rows)
+        parent = "-" if found.parent_version is None else f"v{found.parent_version}"
+        yield f"  v{number}  parent {parent}  accepted {accepted}  refused {refused}  {', '.join(found.standing) or 'waiting'}"

@@ -1,0 +1,91 @@
+"""Decks: what SecOps reads before deciding. Small HTML tables, no JavaScript, nothing from the network."""
+
+from __future__ import annotations
+
+from html import escape
+
+from fednested_lib.errors import ChainError
+from tier1.federation import Federation
+from tier1.loops.records import CandidateRef, Published, Settled
+from tier1.versions.candidates import load_candidate
+from tier1.versions.manifest import Candidate, Try, Version
+
+MAX_ROWS = 300
+
+
+def evaluation_html(fed: Federation, settled: Settled) -> str:
+    """Return the regression table of the last try: loss per domain before and after, bound, verdict."""
+    tries = _tries(fed, settled)
+    gate = tries[-1].gate if tries else None
+    if gate is None:
+        return f"<p>{escape(settled.reason) or 'Nothing was evaluated.'}</p>"
+    rows = "".join(
+        f"<tr><td>{escape(row.suite)}</td><td>{_number(row.before)}</td><td>{_number(row.after)}</td><td>{_change(row.before, row.after)}</td>"
+        f"<td>{row.bound:g}</td><td>{'ok' if row.passed else '<strong>failed</strong>'}</td></tr>"
+        for row in gate.rows[:MAX_ROWS]
+    )
+    verdict = "passed" if gate.passed else "failed"
+    return (
+        f"<h3>Automatic gate {verdict} after {len(tries)} tries</h3><p>{escape(gate.reason)}. Losses are nats per token on held-out text.</p>"
+        f"<table><tr><th>suite</th><th>before</th><th>after</th><th>change</th><th>bound</th><th></th></tr>{rows}</table>"
+        f"<p>{escape(_try_text(tries))}</p>"
+    )
+
+
+def contributors_html(fed: Federation, made: Settled | CandidateRef) -> str:
+    """Return who contributed what with which weight, and what was refused why."""
+    candidate = _candidate(fed, made)
+    if candidate is None:
+        return "<p>Nothing was folded.</p>"
+    if candidate.inputs.dense:
+        dense = candidate.inputs.dense
+        return f"<p>Core update of run {escape(dense.run_id)} by {escape(dense.trainer)}: {dense.steps} steps, {dense.tokens} tokens, from version {dense.base_version}.</p>"
+    accepted = "".join(
+        f"<tr><td>{escape(row.client_id)}</td><td>{row.sequence}</td><td>v{row.base_version}</td><td>{row.staleness}</td><td>{row.tokens}</td>"
+        f"<td>{row.norm:.3f}</td><td>{row.clip:.3f}</td><td>{row.weight:.4f}</td><td>{row.payload_bytes}</td></tr>"
+        for row in candidate.accepted[:MAX_ROWS]
+    )
+    refused = "".join(f"<tr><td>{row.partition}@{row.offset}</td><td>{escape(row.client_id or '?')}</td><td>{escape(row.reason)}</td><td>{escape(row.detail)}</td></tr>" for row in candidate.refused[:MAX_ROWS])
+    head = "<tr><th>client</th><th>sequence</th><th>base</th><th>staleness</th><th>tokens</th><th>norm</th><th>clip</th><th>weight</th><th>bytes</th></tr>"
+    text = f"<h3>{len(candidate.accepted)} accepted, {len(candidate.refused)} refused</h3><table>{head}{accepted}</table>"
+    if refused:
+        text += f"<table><tr><th>record</th><th>client</th><th>reason</th><th>detail</th></tr>{refused}</table>"
+    return text
+
+
+def published_html(published: Published) -> str:
+    """Return one sentence about what devices can fetch."""
+    if published.version < 0:
+        return "<p>There is no champion yet: nothing was published.</p>"
+    return f"<p>Version {published.version}: {published.n_blobs} blobs, {published.n_bytes / 1e6:.1f} MB, manifest {published.snapshot}.</p>"
+
+
+def _tries(fed: Federation, settled: Settled) -> list[Try]:
+    for sealed in fed.chain.entries() if settled.manifest else []:
+        if sealed.digest == settled.manifest:
+            return list(sealed.entry.body.tries)
+    return []
+
+
+def _candidate(fed: Federation, made: Settled | CandidateRef) -> Candidate | None:
+    digest = made.candidate if isinstance(made, Settled) else made.digest
+    if not digest:
+        return None
+    try:
+        return load_candidate(fed.home, digest)
+    except ChainError:
+        bodies = (sealed.entry.body for sealed in fed.chain.entries())
+        return next((body.candidate for body in bodies if isinstance(body, Version) and body.candidate.digest() == digest), None)
+
+
+def _try_text(tries: list[Try]) -> str:
+    steps = [f"η_core {t.rates.eta_core:g}, η_T1 {t.rates.eta_t1:g}, η_T2 {t.rates.eta_t2:g}: {t.outcome.replace('_', ' ')}" for t in tries]
+    return "Tries: " + "; ".join(steps)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "–" if before is None or after is None else f"{after - before:+.4f}"

@@ -1,0 +1,131 @@
+"""Views of the chain, repaired after every entry: registry aliases, quarantine topic, lineage of versions.
+
+None of them is ever read to decide anything, and each can be made again from the chain; so they are written after the
+entry, and a crash or a dead server between leaves only a view that the next call repairs.
+"""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+
+from fednested_lib.blobs import write_durable
+from fednested_lib.signing import canonical_json
+from tier1.federation import Federation
+from tier1.governance.approvals import DecisionInput
+from tier1.governance.ports import AccessDecision, ModelVersion, Registered, RegistryState
+from tier1.versions.manifest import Genesis, Rejection, Version
+from tier1.versions.state import ChainState, Sealed
+
+log = structlog.get_logger()
+
+
+def sync_views(fed: Federation) -> None:
+    """Bring every view up to date with the chain.
+
+    Raises:
+        TransportError: a server does not answer; the chain is unharmed, the next call repairs.
+    """
+    entries = fed.chain.entries()
+    _publish_quarantine(fed, entries)
+    fed.registry.repair(registry_state(fed))
+    _record_versions(fed, entries)
+
+
+def registry_state(fed: Federation) -> RegistryState:
+    """Return what the registry should show."""
+    state = fed.chain.state()
+    head, champion = state.head, state.champion
+    return RegistryState(
+        candidate=head.version if head.version > champion.version else None,
+        champion=champion.version if champion.version in state.approved else None,
+        manifests={number: view.digest for number, view in state.versions.items()},
+        entries=[sealed.digest for sealed in fed.chain.entries()],
+        load=lambda number: _model_version(fed, state, number),
+    )
+
+
+def _model_version(fed: Federation, state: ChainState, number: int) -> ModelVersion:
+    from tier1.loops.evaluate_and_promote import losses_of
+
+    view = state.versions[number]
+    sealed = fed.chain.entries()[view.seq]
+    body = sealed.entry.body
+    return ModelVersion(
+        version=number,
+        manifest=sealed.entry.to_bytes(),
+        snapshot=view.snapshot.to_json(),
+        weights_digest=view.base_digest,
+        chain_head=state.digest,
+        policy_decision=None if isinstance(body, Genesis) else body.candidate.authorisation,
+        losses=losses_of(fed, view),
+    )
+
+
+def _publish_quarantine(fed: Federation, entries: list[Sealed]) -> None:
+    """Publish the refused records of entries that were not published yet; at least once, keyed by place."""
+    from tier1.versions.quarantine import publish_refused
+
+    mark = fed.home / "quarantined"
+    published = int(mark.read_text()) if mark.exists() else -1
+    for sealed in entries[published + 1 :]:
+        body = sealed.entry.body
+        if isinstance(body, Version | Rejection) and body.candidate.refused and body.candidate.inputs.cut:
+            publish_refused(body.candidate.refused, body.candidate.inputs.cut, fed.log)
+    if entries and entries[-1].entry.seq != published:
+        write_durable(mark, str(entries[-1].entry.seq).encode())
+
+
+def _record_versions(fed: Federation, entries: list[Sealed]) -> None:
+    """Link each version of the chain to its registry entry in the lineage outbox, once."""
+    from tier1.governance.lineage import MadeVersion, version_event
+    from tier1.loops.evaluate_and_promote import losses_of
+
+    state = fed.chain.state()
+    missing = [s for s in entries if isinstance(s.entry.body, Version) and not fed.lineage.has(manifest_digest=s.digest)]
+    registered = {entry.manifest_digest: entry for entry in fed.registry.versions()} if missing else {}
+    for sealed in missing:
+        body = sealed.entry.body
+        made = MadeVersion(
+            model_name=fed.config.registry.model_name,
+            registered=registered[sealed.digest],
+            version=body.version,
+            manifest_digest=sealed.digest,
+            run_id=run_of(body),
+            principal=body.candidate.trainer,
+            losses=losses_of(fed, state.versions[body.version]),
+            made_ms=_now_ms(),
+        )
+        fed.lineage.record(version_event(made))
+
+
+def run_of(body: Version) -> str:
+    """Return the lineage name of the run that made a version."""
+    inputs = body.candidate.inputs
+    return inputs.dense.update_id if inputs.dense else inputs.id()
+
+
+def record_promotion(fed: Federation, number: int, decision: DecisionInput, access: AccessDecision) -> tuple[str, ...]:
+    """Write the lineage of a decision to the outbox and return its ids."""
+    from tier1.governance.lineage import promotion_event
+
+    view = fed.chain.state().versions[number]
+    known = {entry.manifest_digest: entry for entry in fed.registry.versions()}
+    previous: Registered | None = fed.registry.get("champion")
+    event = promotion_event(
+        model_name=fed.config.registry.model_name,
+        version=number,
+        run_id=run_of(fed.chain.entries()[view.seq].entry.body),
+        decision=decision,
+        access=access,
+        registered=known.get(view.digest),
+        previous=previous,
+        decided_ms=_now_ms(),
+    )
+    return fed.lineage.record(event)
+
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
