@@ -17,7 +17,13 @@ from tier1.evaluation.suites import Suite, SuiteResult, evaluate
 
 
 def measure_snapshot(
-    snapshot: SnapshotManifest, suites: dict[str, Suite], blobs: BlobStore, *, seq_len: int, max_tokens: int, reports: Path
+    snapshot: SnapshotManifest,
+    suites: dict[str, Suite],
+    blobs: BlobStore,
+    *,
+    seq_len: int,
+    max_tokens: int,
+    reports: Path,
 ) -> dict[str, SuiteResult]:
     """Measure a snapshot on every suite, or read the measurement.
 
@@ -40,7 +46,9 @@ def measure_snapshot(
     if path.exists():
         return {name: SuiteResult(**row) for name, row in json.loads(path.read_bytes()).items()}
     paths = {name: suite.path for name, suite in suites.items()}
-    results = evaluate(build_model(snapshot, blobs), paths, blobs.get(snapshot.tokenizer), seq_len=seq_len, max_tokens=max_tokens)
+    results = evaluate(
+        build_model(snapshot, blobs), paths, blobs.get(snapshot.tokenizer), seq_len=seq_len, max_tokens=max_tokens
+    )
     # JSON has no NaN: a model that diverged is measured again, its loss is in no report.
     if all(result.nats_per_token < float("inf") for result in results.values()):
         write_durable(path, canonical_json({name: asdict(result) for name, result in results.items()}))

@@ -21,6 +21,10 @@ def progress(steps: int, label: str) -> Iterator[Callable[[int, float], None]]:
             bar.update(step - bar.n)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if not terminal and (step == steps or step % max(1, steps // 10) == 0):
-                print(f"{label}: step {step}/{steps}  loss {loss:.3f}  {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{label}: step {step}/{steps}  loss {loss:.3f}  {time.monotonic() - started:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         yield on_step

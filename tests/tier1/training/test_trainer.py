@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fednested_lib.errors import DataError, PartitionError, TrainingError
+from tier1.training.model import initial_model
+from tier1.training.trainer import (
+    TorchBackend,
+    TrainSettings,
+    batches,
+    dense_delta,
+    parameter_groups,
+    schedule,
+    train,
+)
+
+ROWS = np.random.default_rng(0).integers(0, 20, size=(24, 17)).astype(np.int32)
+
+
+def settings(**changes):
+    return TrainSettings(**{"steps": 6, "batch_size": 4, "learning_rate": 1e-2, **changes})
+
+
+def trained(config, **changes):
+    model = initial_model("mixtral", config, 0)
+    report = train(model, ROWS, settings(**changes), family="mixtral")
+    return model.state_dict(), report
+
+
+def test_loss_falls(small_mixtral):
+    """Guards that training learns: 20 of 300 tokens occur, which is worth ln 300 − ln 20 nats."""
+    _, report = trained(small_mixtral, steps=60)
+    assert report.loss_first == pytest.approx(math.log(300), abs=0.2)
+    assert report.loss_last < math.log(20) + 0.2
+    assert (report.steps, report.tokens) == (60, 60 * 4 * 16)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_runs_are_equal_to_the_bit(small_mixtral, threads):
+    """Guards that a training run is a function of its arguments on one numeric profile."""
+    runs = [trained(small_mixtral, threads=threads, steps=3) for _ in range(2)]
+    (one, report_one), (two, report_two) = runs
+    assert report_one == report_two
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other, _ = trained(small_mixtral, threads=threads, steps=3, seed=1)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_the_callers_torch_settings_are_restored(small_mixtral):
+    """Guards that a training run inside a service leaves no thread count or determinism flag behind."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    trained(small_mixtral, steps=1, threads=2 if before[0] == 1 else 1)
+    assert before == (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+
+
+def test_each_group_has_its_own_rate(small_mixtral):
+    """Guards the paper's three rates: a group at rate 0 stays bit-identical while the others move."""
+    before = initial_model("mixtral", small_mixtral, 0).state_dict()
+    after, _ = trained(small_mixtral, expert_learning_rate=0.0, router_learning_rate=0.0)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".mlp." not in name}
+
+
+def test_norms_do_not_decay(small_mixtral):
+    """Guards that weight decay pulls matrices towards zero and leaves norm gains alone."""
+    model = initial_model("mixtral", small_mixtral, 0)
+    groups = parameter_groups(model, settings(weight_decay=0.5), "mixtral")
+    assert all((group["weight_decay"] == 0.5) == (p.dim() > 1) for group in groups for p in group["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_the_router_loss_balances_the_experts(small_mixtral):
+    """Guards that the auxiliary loss reaches the router: with it the router's weights end elsewhere."""
+    with_aux, _ = trained(small_mixtral, aux_loss=1.0)
+    without, _ = trained(small_mixtral, aux_loss=0.0)
+    name = "model.layers.0.mlp.gate.weight"
+    assert not torch.allclose(with_aux[name], without[name])
+
+
+def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_weights(small_mixtral):
+    """Guards that a NaN at step 3 names the step and the remedy and leaves the weights of step 2."""
+
+    class Poisoned(TorchBackend):
+        n_steps = 0
+
+        def step(self, rows, rate):
+            self.n_steps += 1
+            if self.n_steps == 3:
+                self._model.model.norm.register_forward_hook(lambda module, args, output: output * math.nan)
+            return super().step(rows, rate)
+
+    kept: list[dict] = []
+    model = initial_model("mixtral", small_mixtral, 0)
+    keep = lambda step, loss: kept.append({name: t.clone() for name, t in model.state_dict().items()})  # noqa: E731
+    with pytest.raises(TrainingError, match=r"at step 3 of 6 is not finite.*lower core\.learning_rate"):
+        train(model, ROWS, settings(), family="mixtral", backend=Poisoned(), on_step=keep)
+    assert len(kept) == 2
+    assert all(torch.equal(kept[-1][name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_schedule_warms_up_and_falls_to_a_tenth():
+    """Guards the schedule's three corners."""
+    run = settings(steps=100, warmup=0.1)
+    factors = [schedule(step, run) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == max(factors) == 1.0
+    assert factors[-1] == pytest.approx(0.1)
+    assert schedule(1, settings(steps=1)) == 1.0
+
+
+def test_every_row_is_used_before_any_is_used_again():
+    """Guards the data order: epochs without replacement, across batch boundaries."""
+    rows = np.arange(10)[:, None].repeat(3, axis=1)
+    seen = [int(row) for batch in batches(rows, settings(steps=5, batch_size=4)) for row in batch[:, 0]]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_no_rows_are_refused(small_mixtral):
+    """Guards against a run on nothing."""
+    with pytest.raises(DataError, match="got 0"):
+        train(initial_model("mixtral", small_mixtral, 0), ROWS[:0], settings(), family="mixtral")
+
+
+def test_a_delta_is_local_minus_base(small_mixtral):
+    """Guards the sign: base plus delta is the trained model, and no parameter escapes the partition rule."""
+    before = {name: tensor.clone() for name, tensor in initial_model("mixtral", small_mixtral, 0).state_dict().items()}
+    after, _ = trained(small_mixtral)
+    delta = dense_delta(before, after, "mixtral")
+    assert all(torch.allclose(before[name] + delta[name], after[name], atol=1e-6) for name in before)
+    with pytest.raises(PartitionError):
+        dense_delta({"odd": before["lm_head.weight"]}, {"odd": before["lm_head.weight"]}, "mixtral")

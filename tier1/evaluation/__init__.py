@@ -1,0 +1,1 @@
+"""Held-out suites, the automatic gate, and its report."""

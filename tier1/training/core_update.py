@@ -1,0 +1,82 @@
+"""The slow loop's work: train core and experts on tier-1 text and keep the difference as an input of the fold.
+
+    ΔW = W_trained − W_base,    later: W_core ← W_core + η_core · ΔW_core,  W_experts ← W_experts + η_T1 · ΔW_experts
+
+Training is not replayed: its delta is archived slice by slice, named by digest, and folded into whatever head is when
+training is done. Nothing here knows the chain or the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fednested_lib.blobs import BlobStore
+from fednested_lib.snapshot import SnapshotManifest, build_model, encode_blob, read_state_dict, slice_state_dict
+from tier1.training.data import PackedDataset
+from tier1.training.trainer import Backend, OnStep, TorchBackend, TrainReport, TrainSettings, dense_delta, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseDelta:
+    """The delta of one training run, by claim check.
+
+    Args:
+        base_version: Version of the snapshot that training started from.
+        base_digest: Its digest.
+        blobs: Slice key → digest of the fp32 difference; a slice that did not change is absent.
+        dataset_digest: Content hash of what it was trained on.
+        report: Losses, steps and tokens.
+    """
+
+    base_version: int
+    base_digest: str
+    blobs: Mapping[str, str]
+    dataset_digest: str
+    report: TrainReport
+
+
+def train_core_update(
+    base: SnapshotManifest,
+    snapshots: BlobStore,
+    dataset: PackedDataset,
+    settings: TrainSettings,
+    deltas: BlobStore,
+    *,
+    backend: Backend | None = None,
+    on_step: OnStep | None = None,
+) -> DenseDelta:
+    """Train from ``base`` and store the difference.
+
+    Args:
+        base: Snapshot to start from.
+        snapshots: Holds its blobs.
+        dataset: Packed tier-1 text.
+        settings: Hyper-parameters.
+        deltas: Receives one blob per changed slice, cut as a snapshot is.
+        backend: Engine; one torch process by default.
+        on_step: Called with step number (from 1) and loss after each step.
+
+    Raises:
+        SnapshotError: A blob of ``base`` is missing or corrupt.
+        TrainingError: Loss or gradient is not finite; nothing is stored.
+        StorageError: ``deltas`` cannot be written.
+    """
+    backend = backend or TorchBackend()
+    model = build_model(base, snapshots)
+    report = train(model, dataset.tokens(), settings, family=base.family, backend=backend, on_step=on_step)
+    before, after = read_state_dict(base, snapshots), backend.state_dict()
+    # A tied head is in the model's state under two names, in the snapshot under one.
+    delta = dense_delta(before, {name: after[name] for name in before}, base.family)
+    blobs = {
+        key: deltas.put(encode_blob(tensors))
+        for key, tensors in slice_state_dict(delta, base.family)
+        if any(array.any() for array in tensors.values())
+    }
+    return DenseDelta(
+        base_version=base.version,
+        base_digest=base.digest,
+        blobs=blobs,
+        dataset_digest=dataset.digest,
+        report=report,
+    )
