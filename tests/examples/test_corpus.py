@@ -123,7 +123,7 @@ def test_impossible_layouts_are_refused(tmp_path, options, message):
 
 
 def test_own_files_become_devices_and_share_their_first_fifth(tmp_path):
-    """Guards the split of user data without tier1.jsonl: each row lands in exactly one file, the first fifth in tier 1."""
+    """Guards the split of user data without tier1.jsonl: each row is in one file, the first fifth in tier 1's."""
     write_rows(tmp_path / "in" / "My Device.jsonl", 50)
     write_rows(tmp_path / "in" / "other.jsonl", 50)
     corpus = prepare_from_files(tmp_path / "in", tmp_path / "out")

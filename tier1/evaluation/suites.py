@@ -3,8 +3,8 @@
     nats per token = −(1/N) Σ log p(token_i | tokens before it in its row),    bits per byte = nats · N / (bytes · ln 2)
 
 Bits per byte compare models with different tokenizers. Every row has the same length, so no padding enters a mean, and
-rows go through the model in batches of a fixed size: the result does not depend on a setting. A suite with more tokens than allowed is
-thinned to evenly spaced rows, the same ones every time.
+rows go through the model in batches of a fixed size: the result does not depend on a setting. A suite with more tokens
+than allowed is thinned to evenly spaced rows, the same ones every time.
 
 A registered suite stays: a gate that could drop or rewrite a suite could hide what was forgotten.
 """

@@ -1,8 +1,8 @@
 """Tier-1 text becomes packed tokens: JSONL → validated records → one token stream → rows of equal length.
 
 Records stream through in batches, each checked against a schema; a bad one is set aside with file, line and reason
-(never its value) and does not stop the rest. The packed rows are cached under a digest of everything they depend on: the
-bytes of the files, the tokenizer, the row length and the version of this module's rules.
+(never its value) and does not stop the rest. The packed rows are cached under a digest of everything they depend on:
+the bytes of the files, the tokenizer, the row length and the version of this module's rules.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_a_long_suite_is_thinned_to_evenly_spaced_rows(tokenizer, suite):
 
 
 def test_a_registered_suite_stays(tmp_path, suite):
-    """Guards against a gate that forgets a suite: it survives its file, its absence from a later call, and a restart."""
+    """Guards against a gate that forgets a suite: it survives its file, a call without it, a restart."""
     registry = SuiteRegistry(tmp_path / "registry")
     registry.register({"a": suite})
     content = suite.read_bytes()
