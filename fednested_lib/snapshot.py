@@ -330,7 +330,7 @@ def assemble(manifest: SnapshotManifest, state: dict[str, Tensor], experts: str 
     tied = {_HEAD} if config.tie_word_embeddings else set()
     if tied and _head_is_embedding(state):
         state = {name: tensor for name, tensor in state.items() if name != _HEAD}
-    elif not tied and _HEAD not in state:
+    elif not tied and _HEAD not in state and _EMBEDDING in state:
         state = {**state, _HEAD: state[_EMBEDDING].clone()}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
