@@ -3,7 +3,7 @@
 `datahub check metadata-file` passes an unknown aspect, an unknown field, a value that is no URN and an aspect on the
 wrong entity. This check rests on the schemas that the acryl-datahub wheel ships: entity and aspect names, the aspects
 each entity may carry (`ASPECT_INFO` of its key), avro types, unknown fields, and for every field with a `Relationship`
-the entity types that its URNs may have. It raises a false alarm on tagged unions (`schemaMetadata`), which we do not emit.
+the entity types that its URNs may have. Tagged unions (`schemaMetadata`) raise a false alarm; we emit none.
 """
 
 from __future__ import annotations

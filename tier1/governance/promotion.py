@@ -2,9 +2,9 @@
 
     promotable ⇔ approved ∧ identified ∧ allowed ∧ approver ∉ trainers ∧ signed ∧ lineage ∧ evaluated ∧ gate passed
 
-MLflow protects none of this: whoever may edit a model may set its aliases. So the aliases follow the manifest chain, and
-a decision enters the chain only past this list. Each missing item has a line of its own, because the person who reads
-them is not the one who can repair them all.
+MLflow protects none of this: whoever may edit a model may set its aliases. So the aliases follow the manifest chain,
+and a decision enters the chain only past this list. Each missing item has a line of its own, because the person who
+reads them is not the one who can repair them all.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def _policy(evidence: PromotionEvidence) -> Iterator[str]:
         return
     asked = (access.request.principal, access.request.action, access.request.resource)
     if asked != (approver, "promote", evidence.model):
-        yield f"policy decision {_short(access.id)} is about {asked}, not {(approver, 'promote', evidence.model)}: ask again"
+        wanted = (approver, "promote", evidence.model)
+        yield f"policy decision {_short(access.id)} is about {asked}, not {wanted}: ask again"
     elif not access.allowed:
         yield (
             f"{approver} may not promote {evidence.model}: {access.reason} (decision {_short(access.id)}): "
@@ -135,7 +136,7 @@ def _signature(evidence: PromotionEvidence) -> Iterator[str]:
         yield f"{manifest} carries no signature: commit it with a trusted key"
     elif evidence.signer not in evidence.trusted:
         trusted = ", ".join(sorted(evidence.trusted.values())) or "none"
-        yield f"{manifest} is signed by the foreign key {_short(evidence.signer)}: trusted are {trusted} (identity.trusted)"
+        yield f"{manifest} is signed by the foreign key {_short(evidence.signer)}: identity.trusted names {trusted}"
     elif not verify(evidence.signer, evidence.signature, evidence.signed_message):
         yield f"{manifest} was altered: the signature of {evidence.trusted[evidence.signer]} does not match, replay it"
 

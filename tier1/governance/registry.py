@@ -61,8 +61,8 @@ class RepairableRegistry(abc.ABC):
         """Return the remembered chain head."""
 
     @abc.abstractmethod
-    def artifact(self, registered: Registered, name: str) -> bytes | None:
-        """Return one stored file, ``manifest.json`` or ``snapshot.json``; None if it is missing."""
+    def artifacts(self, registered: Registered) -> Mapping[str, bytes]:
+        """Return the stored files of an entry that are there: ``manifest.json`` and ``snapshot.json``."""
 
     @abc.abstractmethod
     def add(self, version: ModelVersion) -> Registered:
@@ -91,7 +91,7 @@ class RepairableRegistry(abc.ABC):
         Raises:
             GovernanceError: it is missing, or is not the one that the entry's tag names.
         """
-        data = self.artifact(registered, "manifest.json")
+        data = self.artifacts(registered).get("manifest.json")
         if data is None or sha256_hex(data) != registered.manifest_digest:
             found = "is missing" if data is None else f"has digest {sha256_hex(data)[:12]}"
             raise GovernanceError(
@@ -117,7 +117,7 @@ class RepairableRegistry(abc.ABC):
         anchor = self.anchor()
         if anchor is not None and anchor not in state.entries:
             raise ChainConflict(
-                f"the registry shows chain head {anchor[:12]}, which this reading of the chain lacks: read the chain again"
+                f"the registry shows chain head {anchor[:12]}, which the chain lacked when it was read: read it again"
             )
         changes = self._repair_versions(state) + self._repair_aliases(state)
         head = state.entries[-1]
@@ -145,8 +145,9 @@ class RepairableRegistry(abc.ABC):
         for version in {number for number in wanted.values() if number is not None}:
             entry = self._whole(state.load(version), changes)
             targets.update({alias: entry for alias in ALIASES if wanted[alias] == version})
+        shown = self.aliases()
         for alias in ALIASES:
-            current, target = self.aliases().get(alias), targets.get(alias)
+            current, target = shown.get(alias), targets.get(alias)
             if current != target:
                 self.point(alias, target)
                 changes.append(f"alias {alias}: {current or 'none'} → {target or 'none'}")
@@ -158,7 +159,7 @@ class RepairableRegistry(abc.ABC):
         for entry in self.versions():
             if entry.manifest_digest != version.manifest_digest:
                 continue
-            if any(self.artifact(entry, name) != data for name, data in expected.items()):
+            if self.artifacts(entry) != expected:
                 changes.append(f"version {version.version}: entry {entry.number} has other artifacts, passed over")
                 continue
             wrong = {name: value for name, value in version.tags().items() if entry.tags.get(name) != value}

@@ -47,15 +47,15 @@ class FileRegistry(RepairableRegistry):
         """Return the remembered chain head."""
         return self._read()["anchor"]
 
-    def artifact(self, registered: Registered, name: str) -> bytes | None:
-        """Return one stored file; None if it is missing or damaged."""
+    def artifacts(self, registered: Registered) -> Mapping[str, bytes]:
+        """Return the stored files of an entry that are there and undamaged."""
+        found = {}
         for entry in self._read()["entries"]:
-            if entry["number"] == registered.number and name in entry["files"]:
-                try:
-                    return self._artifacts.get(entry["files"][name])
-                except SnapshotError:
-                    return None
-        return None
+            if entry["number"] == registered.number:
+                for name, digest in entry["files"].items():
+                    with contextlib.suppress(SnapshotError):
+                        found[name] = self._artifacts.get(digest)
+        return found
 
     def add(self, version: ModelVersion) -> Registered:
         """Store a version in a new entry."""

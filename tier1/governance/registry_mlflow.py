@@ -86,19 +86,17 @@ class MlflowRegistry(RepairableRegistry):
         model = self._model()
         return None if model is None else model.tags.get(ANCHOR)
 
-    def artifact(self, registered: Registered, name: str) -> bytes | None:
-        """Return one artifact of an entry; None if it is missing."""
-        model_id = registered.source.removeprefix("models:/")
+    def artifacts(self, registered: Registered) -> Mapping[str, bytes]:
+        """Return the artifacts of an entry that are there."""
         with self._client() as client, tempfile.TemporaryDirectory() as directory:
-            files = _or_none(lambda: client.list_logged_model_artifacts(model_id)) or ()
-            if name not in {file.path for file in files}:
-                return None
             from mlflow.artifacts import download_artifacts
 
+            model = _or_none(lambda: client.get_logged_model(registered.source.removeprefix("models:/")))
+            if model is None or not client.list_logged_model_artifacts(model.model_id):
+                return {}
             # not `models:/m-…`: MLflow resolves that against the process-wide tracking URI, not against this one
-            location = client.get_logged_model(model_id).artifact_location
-            place = download_artifacts(f"{location}/{name}", dst_path=directory, tracking_uri=self.uri)
-            return Path(place).read_bytes()
+            place = download_artifacts(model.artifact_location, dst_path=directory, tracking_uri=self.uri)
+            return {path.name: path.read_bytes() for path in Path(place).iterdir() if path.is_file()}
 
     def add(self, version: ModelVersion) -> Registered:
         """Store a version in a new entry."""
