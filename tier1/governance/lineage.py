@@ -7,8 +7,9 @@
 
 Pure functions of plain facts. A run is a DataProcessInstance named by our own run id, which is derived from its inputs,
 so that a repeated run is the same node. Model versions and registry runs have the URNs that DataHub's MLflow source
-gives them (`lineage_urns.py`); our runs keep their own edges, which that source does not overwrite. Only `inputEdges`,
-`outputEdges`, `trainingJobs` and `groups` are lineage for DataHub; plain `inputs` are not.
+gives them (`lineage_urns.py`). A later proposal replaces the whole aspect, so no event here touches what another said,
+aliases apart: a version hangs on our run through the registry run's input, which that source leaves alone. Only
+`inputEdges`, `outputEdges`, `trainingJobs` and `groups` are lineage for DataHub; plain `inputs` are not.
 
 No text of a person is in any of these: the reason of a decision stays in the manifest chain.
 """
@@ -154,7 +155,6 @@ def version_event(made: MadeVersion) -> LineageEvent:
         (group, m.MLModelGroupPropertiesClass(name=made.model_name)),
         (model, properties),
         (model, _version_properties(made.model_name, registered, aliases=())),
-        (run, m.DataProcessInstanceOutputClass(outputs=[], outputEdges=[_edge(model), _edge(registry_run)])),
         *_instance(
             registry_run, f"version {made.version}", made.principal, made.made_ms, TRAINING_RUN, dict(registered.tags)
         ),

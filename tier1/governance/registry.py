@@ -12,14 +12,15 @@ a head digest kept outside the chain. If the chain does not hold the anchored he
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
 from fednested_lib.errors import ChainConflict, ChainCorrupt, GovernanceError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.signing import sha256_hex
-from tier1.governance.ports import ALIASES, ModelVersion, Registered, RegistryState
+from tier1.governance.ports import ALIASES, ModelVersion, Registered, Registry, RegistryState
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,30 @@ def check_anchor(anchor: str | None, entries: Sequence[str]) -> None:
             f"the registry remembers chain head {anchor[:12]}, which is not among the {len(entries)} entries of the "
             "chain: its end was cut off or rewritten, restore chain/ from a backup"
         )
+
+
+def repair_from_chain(
+    registry: Registry, read_state: Callable[[], RegistryState], *, attempts: int = 5
+) -> tuple[str, ...]:
+    """Repair a registry while other processes commit to the chain and repair it too.
+
+    Args:
+        registry: what to repair.
+        read_state: reads the chain anew on every call.
+        attempts: readings before a head that the chain lacks counts as lost, not as new.
+
+    Returns:
+        One line per change.
+
+    Raises:
+        ChainCorrupt: the chain does not hold the anchored head, however often it is read.
+        TransportError: the registry cannot be reached.
+    """
+    for _ in range(attempts):
+        with contextlib.suppress(ChainConflict):  # another committer was between our reading and our repair
+            return registry.repair(read_state())
+    check_anchor(registry.anchor(), read_state().entries)
+    return registry.repair(read_state())
 
 
 class RepairableRegistry(abc.ABC):
@@ -110,8 +135,8 @@ class RepairableRegistry(abc.ABC):
             One line per change; empty if nothing had to be done.
 
         Raises:
-            ChainConflict: the anchored head is not in `state`; the chain was read before another committer's entry. If
-                it stays so after reading again, see `check_anchor`.
+            ChainConflict: the anchored head is not in `state`, which was read before another committer's entry: see
+                `repair_from_chain`.
             TransportError: the registry cannot be reached; the next repair does what this one left.
         """
         anchor = self.anchor()
@@ -133,7 +158,9 @@ class RepairableRegistry(abc.ABC):
         changes = []
         for number, digest in sorted(state.manifests.items()):
             if digest not in known:
-                entry = self.register(state.load(number))
+                version = state.load(number)
+                assert version.manifest_digest == digest, "the state's digests are those of the manifest bytes"
+                entry = self.register(version)
                 failpoint("registry.after_register")
                 changes.append(f"version {number}: registered as {entry.number}")
         return changes

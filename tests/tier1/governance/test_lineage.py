@@ -173,13 +173,24 @@ def test_data_and_version_are_connected(registered):
     assert _edges(events["core_update"], training, "input") >= {urns.dataset("file", "clinic-a/notes")}
     assert _edges(events["core_update"], training, "output") == {urns.dataset("kafka", "updates.tier1")}
     assert _edges(events["aggregate_experts"], fold, "input") == {urns.dataset("kafka", CUT.name), urns.run("fold-2")}
-    assert _edges(events["version"], fold, "output") == {model, registry_run}
     assert _edges(events["version"], registry_run, "input") == {fold}
     assert _edges(events["version"], registry_run, "output") == {model}
     assert _aspect(events["version"], model, "mlModelProperties")["trainingJobs"] == [registry_run, fold]
     promotion = urns.run(events["approve"].run_id)
     assert _edges(events["approve"], promotion, "input") == {fold, model}
     assert _edges(events["approve without registry"], promotion, "input") == {fold}
+
+
+def test_no_event_takes_back_what_another_said(registered):
+    """DataHub replaces whole aspects: what one event of a version's life says of an entity, no other contradicts."""
+    events = _events(registered)
+    training = _run("core_update", "fold-3", inputs=[DATASET], outputs=[CUT])  # the run that the version event names
+    said: dict[tuple[str, str], str] = {}
+    for event in (run_event(training), events["version"], events["reject"]):
+        for proposal in event.proposals:
+            if proposal["aspectName"] != "dataProcessInstanceRunEvent":  # a time series, every point is kept
+                content = json.dumps(proposal["aspect"])
+                assert said.setdefault((proposal["entityUrn"], proposal["aspectName"]), content) == content
 
 
 def test_an_approval_moves_the_champion_alias_and_a_rejection_does_not(registered):

@@ -11,7 +11,7 @@ import pytest
 
 from fednested_lib.errors import ChainConflict, ChainCorrupt, GovernanceError
 from tier1.governance.ports import ModelVersion, RegistryState
-from tier1.governance.registry import RepairableRegistry, check_anchor
+from tier1.governance.registry import RepairableRegistry, check_anchor, repair_from_chain
 from tier1.governance.registry_file import FileRegistry
 from tier1.governance.registry_mlflow import MlflowRegistry
 
@@ -142,6 +142,17 @@ def test_a_chain_read_too_early_does_not_turn_the_registry_back(registry, chain)
     with pytest.raises(ChainConflict, match="read it again"):
         registry.repair(chain(2, champion=0))
     assert _shown(registry) == {"candidate": "2", "champion": "2"}
+
+
+def test_repair_reads_the_chain_again_when_another_committer_was_faster(registry, chain):
+    """An out-of-date reading of the chain is read again and the repair done; a cut-off chain is found all the same."""
+    registry.repair(chain(3, champion=2))
+    readings = iter([chain(2), chain(2), chain(4, champion=3)])
+    changes = repair_from_chain(registry, lambda: next(readings))
+    assert changes[0].startswith("version 3: registered")
+    assert _shown(registry) == {"candidate": "3", "champion": "3"}
+    with pytest.raises(ChainCorrupt, match="its end was cut off"):
+        repair_from_chain(registry, lambda: chain(2))
 
 
 def test_the_anchor_shows_that_the_end_of_the_chain_was_cut_off(registry, chain):
