@@ -48,6 +48,7 @@ def create_workspace(
     suites: Mapping[str, str],
     devices: Mapping[str, str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    name: str = "tier1.yaml",
 ) -> Path:
     """Write a tier-1 workspace.
 
@@ -57,12 +58,13 @@ def create_workspace(
         suites: evaluation suites, name → path relative to `directory`.
         devices: client id → public key (64 hex digits).
         overrides: sections or keys that replace the defaults, merged one level deep.
+        name: file name; a second configuration of the same federation has another.
 
     Returns:
-        Path of the new tier1.yaml.
+        Path of the new file.
 
     Raises:
-        ConfigError: tier1.yaml exists already.
+        ConfigError: the file exists already.
     """
     import yaml
 
@@ -83,7 +85,7 @@ def create_workspace(
     }
     for key, value in (overrides or {}).items():
         document[key] = {**document[key], **value} if isinstance(value, Mapping) and key in document else value
-    path = directory / "tier1.yaml"
+    path = directory / name
     header = "# One federation as tier 1 sees it. Relative paths are relative to this file; FEDNESTED_KAFKA_BOOTSTRAP wins over log.bootstrap.\n"
     if not create_exclusive(path, (header + yaml.safe_dump(document, sort_keys=False)).encode()):
         raise ConfigError(f"{path} exists already: move it away or choose another directory")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#975a16", "#2c7a7b", "#718096", "#e53e3e")
@@ -171,4 +172,10 @@ def render_html(report: DemoReport) -> str:
 def write_html(report: DemoReport, path: Path) -> Path:
     """Write the report and return its path."""
     path.write_text(render_html(report), encoding="utf-8")
+    return path
+
+
+def write_json(report: DemoReport, path: Path) -> Path:
+    """Write what the report shows as JSON, for figures, and return its path."""
+    path.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     return path

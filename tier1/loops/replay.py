@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Iterator
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.errors import ChainCorrupt
+from fednested_lib.errors import ChainCorrupt, TransportError
 from tier1.federation import Federation
 from tier1.governance.registry import check_anchor
+from tier1.loops.broadcast import last_announced
 from tier1.versions.audit import AuditRow, audit
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
 
@@ -19,7 +20,7 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
     Raises:
         ChainCorrupt: a rebuilt blob differs, or evidence does not hold; named.
     """
-    check_anchor(fed.registry.anchor(), [sealed.digest for sealed in fed.chain.entries()])
+    yield from _check_end(fed)
     scratch = fed.home / "replay"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -42,15 +43,32 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _check_end(fed: Federation) -> Iterator[str]:
+    """Compare the chain's end with the anchors outside it: the registry's tag and the last announced champion."""
+    entries = [sealed.digest for sealed in fed.chain.entries()]
+    try:
+        check_anchor(fed.registry.anchor(), entries)
+        yield "anchor: the chain holds the head that the registry remembers"
+    except TransportError as error:
+        yield f"anchor: NOT compared with the registry, which does not answer ({error})"
+    try:
+        announced = last_announced(fed)
+    except TransportError as error:
+        yield f"control topic: NOT compared, the log does not answer ({error})"
+        return
+    if announced is not None:
+        fed.chain.verify_anchor(announced.chain_seq, announced.chain_head)
+        yield f"control topic: the chain holds the head that was announced with version {announced.version}"
+
+
 def verify_all(fed: Federation) -> Iterator[str]:
     """Re-read everything that is stored: chain, anchor, archive, log and weights; one line per part.
 
     Raises:
         FednestedError: the first thing that does not hold, named.
     """
-    entries = fed.chain.entries()
-    check_anchor(fed.registry.anchor(), [sealed.digest for sealed in entries])
-    yield f"chain: {len(entries)} entries, signatures and links hold, its end is the one that the registry remembers"
+    yield f"chain: {len(fed.chain.entries())} entries, signatures and links hold"
+    yield from _check_end(fed)
     yield f"archive: {verify_archive(fed.chain, fed.payloads)} accepted updates, envelopes and payloads hold"
     checks = verify_log(fed.chain, fed.log)
     same = sum(check.status == "same" for check in checks)

@@ -11,10 +11,11 @@ import time
 import structlog
 
 from fednested_lib.blobs import write_durable
-from fednested_lib.signing import canonical_json
+from fednested_lib.errors import TransportError
 from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput
 from tier1.governance.ports import AccessDecision, ModelVersion, Registered, RegistryState
+from tier1.governance.registry import repair_from_chain
 from tier1.versions.manifest import Genesis, Rejection, Version
 from tier1.versions.state import ChainState, Sealed
 
@@ -29,7 +30,7 @@ def sync_views(fed: Federation) -> None:
     """
     entries = fed.chain.entries()
     _publish_quarantine(fed, entries)
-    fed.registry.repair(registry_state(fed))
+    repair_from_chain(fed.registry, lambda: registry_state(fed))
     _record_versions(fed, entries)
 
 
@@ -111,20 +112,29 @@ def record_promotion(fed: Federation, number: int, decision: DecisionInput, acce
     from tier1.governance.lineage import promotion_event
 
     view = fed.chain.state().versions[number]
-    known = {entry.manifest_digest: entry for entry in fed.registry.versions()}
-    previous: Registered | None = fed.registry.get("champion")
+    registered, previous = _registered(fed, view.digest)
     event = promotion_event(
         model_name=fed.config.registry.model_name,
         version=number,
         run_id=run_of(fed.chain.entries()[view.seq].entry.body),
         decision=decision,
         access=access,
-        registered=known.get(view.digest),
+        registered=registered,
         previous=previous,
         decided_ms=_now_ms(),
     )
     return fed.lineage.record(event)
 
+
+
+def _registered(fed: Federation, manifest: str) -> tuple[Registered | None, Registered | None]:
+    """Return a version's registry entry and the champion's; none while the registry cannot be reached."""
+    try:
+        known = {entry.manifest_digest: entry for entry in fed.registry.versions()}
+        return known.get(manifest), fed.registry.get("champion")
+    except TransportError as error:
+        log.warning("registry.unreachable", reason=str(error))
+        return None, None
 
 
 def _now_ms() -> int:

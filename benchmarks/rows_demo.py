@@ -1,0 +1,98 @@
+"""Does the federation learn, and what does the demo cost: three seeds of the whole demo, real processes and all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from benchmarks.measure import INTERVAL_S, tree_bytes
+from benchmarks.registry import Reading, figure
+from benchmarks.results import ROOT
+
+SEEDS = (0, 1, 2)
+TIMEOUT_S = 1500
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRun:
+    """What one run of the demo took, and its report."""
+
+    report: dict
+    wall_s: float
+    peak_gib: float
+
+
+@cache
+def demo(seed: int) -> DemoRun:
+    """Run the demo once per seed and process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "demo"
+        began, peak = time.monotonic(), 0
+        command = [sys.executable, "-m", "examples.shakespeare", "--seed", str(seed), "--out", str(out)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            while process.poll() is None:
+                if time.monotonic() - began > TIMEOUT_S:
+                    raise RuntimeError(f"demo with seed {seed} took more than {TIMEOUT_S} s")
+                peak = max(peak, tree_bytes(process.pid))
+                time.sleep(INTERVAL_S)
+        finally:
+            process.terminate()
+            output = process.communicate()[0]
+        if process.returncode != 0:
+            raise RuntimeError(f"demo with seed {seed} ended with code {process.returncode}: {output.strip().splitlines()[-1]}")
+        return DemoRun(report=json.loads((out / "report.json").read_text()), wall_s=time.monotonic() - began, peak_gib=peak / 2**30)
+
+
+def _device_means(report: dict) -> list[float]:
+    """Mean held-out loss over the device domains of the first snapshot and of the champion after each round."""
+    rounds = [row for row in report["versions"] if row["kind"] == "devices" and row["status"] in ("approved", "champion")]
+    rows = [report["versions"][1], *rounds]
+    return [sum(row["losses"][suite] for suite in report["device_suites"]) / len(report["device_suites"]) for row in rows]
+
+
+@figure("demo.wall", unit="s", bound="<= 480", cls="full")
+def demo_wall() -> Reading:
+    """Wall time of `make demo` after set-up, two cores, three seeds."""
+    return Reading.of([demo(seed).wall_s for seed in SEEDS])
+
+
+@figure("demo.memory", unit="GiB", bound="<= 6", cls="full")
+def demo_memory() -> Reading:
+    """Peak memory of the demo with all its processes, three seeds."""
+    return Reading.of([demo(seed).peak_gib for seed in SEEDS])
+
+
+@figure("learning.gap_closed", unit="%", bound=">= 60", cls="full")
+def gap_closed() -> float:
+    """Share of the gap to a centralised LoRA (same tokens and steps, best of three rates) closed in three rounds, worst of three seeds."""
+    return 100 * min(demo(seed).report["gap"]["gap closed"] for seed in SEEDS)
+
+
+@figure("learning.rounds_better", unit="1", bound="== 9", cls="full")
+def rounds_better() -> float:
+    """Rounds, of nine on three seeds, in which the mean held-out loss of the device domains fell."""
+    return sum(
+        after < before
+        for seed in SEEDS
+        for before, after in zip(_device_means(demo(seed).report), _device_means(demo(seed).report)[1:], strict=False)
+    )
+
+
+@figure("learning.stale_updates", unit="1", bound=">= 1", cls="full")
+def stale_updates() -> float:
+    """Updates folded with staleness ≥ 1, fewest of three seeds: the slow device takes part."""
+    return min(sum(row[3] >= 1 for row in demo(seed).report["contributors"]) for seed in SEEDS)
+
+
+@figure("replay.identical", unit="%", bound="== 100", cls="full")
+def replayed() -> float:
+    """Versions of three demo runs that replay rebuilt from genesis and the archived inputs to identical blobs."""
+    lines = [value for seed in SEEDS for name, value in demo(seed).report["facts"].items() if name.startswith("version ")]
+    return 100 * sum(line.startswith("identical") for line in lines) / len(lines)
