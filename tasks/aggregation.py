@@ -1,0 +1,41 @@
+"""Tasks of the fast loop: take a cut of the device updates, fold it."""
+
+from datetime import timedelta
+
+from flytekit import Resources, task
+
+from images import specs
+from tasks.decks import show
+from tasks.errors import retry_recoverable
+from tasks.federation import ConfigFile, opened
+from tier1.loops.records import CandidateRef, CutRef
+
+
+@task(container_image=specs.tier1, requests=Resources(cpu="500m", mem="1Gi"), retries=3, timeout=timedelta(minutes=30))
+@retry_recoverable
+def take_cut(config: ConfigFile) -> CutRef:
+    """Close the window: the offset ranges after head's cut, bound to the log they were read from."""
+    from tier1.loops.aggregate_experts import take_updates
+
+    with opened(config) as fed:
+        return take_updates(fed)
+
+
+@task(
+    container_image=specs.tier1,
+    requests=Resources(cpu="2", mem="8Gi"),
+    retries=3,
+    timeout=timedelta(hours=1),
+    enable_deck=True,
+    deck_fields=(),
+)
+@retry_recoverable
+def fold_experts(config: ConfigFile, cut: CutRef) -> CandidateRef:
+    """Verify, weigh and fold the updates of the cut into head; the deck names who contributed."""
+    from tier1.loops.aggregate_experts import fold_updates
+    from tier1.loops.reports import contributors_html
+
+    with opened(config) as fed:
+        candidate = fold_updates(fed, cut)
+        show("Contributors", contributors_html(fed, candidate))
+        return candidate
