@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -379,6 +379,24 @@ def fetch(manifest: SnapshotManifest, source: BlobStore, target: BlobStore, *, v
         target.put(data)
         blobs, size_bytes = blobs + 1, size_bytes + len(data)
     return FetchReport(blobs=blobs, size_bytes=size_bytes, skipped=len(names) - blobs)
+
+
+def prune(store: BlobStore, snapshots: Collection[str]) -> int:
+    """Delete every blob of a device's own store that none of these snapshots needs.
+
+    Args:
+        store: a local store that nobody else uses.
+        snapshots: digests of manifest blobs to keep, with all that they name.
+
+    Returns:
+        The number of blobs deleted.
+    """
+    manifests = [SnapshotManifest.from_json(store.get(snapshot)) for snapshot in snapshots]
+    kept = set(snapshots).union(*({each.tokenizer, *each.blobs.values()} for each in manifests))
+    unneeded = [digest for digest in store.digests() if digest not in kept]
+    for digest in unneeded:
+        Path(store.location(digest)).unlink(missing_ok=True)
+    return len(unneeded)
 
 
 def _discard_if_corrupt(store: BlobStore, digest: str) -> bool:

@@ -101,6 +101,16 @@ def _records(path: Path) -> Iterator[Row | BadRow]:
                 yield BadRow(file=str(path), line=number, reason=str(error))
 
 
+def require_text(path: str | Path) -> None:
+    """Check that a file has a usable record, reading no further than the first.
+
+    Raises:
+        DataError: the file is missing, empty or has no good record.
+    """
+    if not any(isinstance(record, Row) for record in read_jsonl(path)):
+        read_texts(path)
+
+
 class _Unusable(Exception):
     """Why a line is set aside."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 
-def _config(family: str, *, experts: int = 6, tied: bool = False):
+def _config(family: str, *, experts: int = 6, tied: bool = False, vocabulary: int = 96):
     from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
     shape = {
-        "vocab_size": 96,
+        "vocab_size": vocabulary,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 3,
@@ -46,15 +46,15 @@ def family(request) -> str:
 
 @pytest.fixture
 def make_model():
-    """Build a random tiny model: make_model(family, seed=0, experts=6, tied=False)."""
+    """Build a random tiny model: make_model(family, seed=0, experts=6, tied=False, vocabulary=96)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
 
-    def make(family: str, *, seed: int = 0, experts: int = 6, tied: bool = False):
+    def make(family: str, *, seed: int = 0, **shape):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_config(family, experts=experts, tied=tied)).eval()
+        model = AutoModelForCausalLM.from_config(_config(family, **shape)).eval()
         # The default initialisation (0.02) routes almost by chance and hides errors behind tiny outputs.
         with torch.no_grad():
             for parameter in model.parameters():
@@ -62,3 +62,21 @@ def make_model():
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> bytes:
+    """A byte-level tokenizer of at most 300 tokens with an end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the cat sat on the mat " * 20], trainer)
+    return made.to_str().encode()

@@ -8,24 +8,12 @@ import numpy as np
 import pytest
 
 from fednested_lib.errors import DataError, SnapshotError
-from fednested_lib.text import BadRow, Row, end_of_text_id, load_tokenizer, pack, read_jsonl, read_texts
+from fednested_lib.text import BadRow, Row, end_of_text_id, load_tokenizer, pack, read_jsonl, read_texts, require_text
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(["the cat sat on the mat " * 20], trainer)
-    return load_tokenizer(made.to_str().encode())
+def tokenizer(tokenizer_json):
+    return load_tokenizer(tokenizer_json)
 
 
 def test_reads_both_shapes_and_names_bad_lines(tmp_path):
@@ -75,6 +63,8 @@ def test_missing_or_empty_file_is_an_error(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.jsonl"):
         read_jsonl(path)
+    with pytest.raises(DataError, match=r"a\.jsonl"):
+        require_text(path)
 
 
 def test_only_bad_lines_is_an_error(tmp_path):
@@ -83,6 +73,10 @@ def test_only_bad_lines_is_an_error(tmp_path):
     path.write_bytes(b"\xff\n{}")
     with pytest.raises(DataError, match=r"no usable record, 2 bad \(line 1: not UTF-8\)"):
         read_texts(path)
+    with pytest.raises(DataError, match="no usable record"):
+        require_text(path)
+    path.write_bytes(b'\xff\n{"text": "good"}')
+    require_text(path)
 
 
 def test_pack_predicts_every_token_once(tokenizer):

@@ -1,0 +1,208 @@
+"""One local update, on the side of the device that sees data and needs no network.
+
+A `Job` is its complete input. Rows are a window of the device's own packed text, adapters start afresh from B = 0, the
+seed is H(client, key epoch, sequence): the same job on the same text gives the same factors to the bit. The result goes
+to the spool, the numbers (never text) to `training/<sequence>.json` in the device's home.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import structlog
+from pydantic import BaseModel, ConfigDict, Field
+
+from fednested_lib.blobs import BlobStore, write_durable
+from fednested_lib.config import Tier2Config
+from fednested_lib.delta import AdapterSpec
+from fednested_lib.envelope import Digest
+from fednested_lib.failpoints import failpoint
+from fednested_lib.partition import expert_param
+from fednested_lib.signing import canonical_json
+from fednested_lib.snapshot import SnapshotManifest, build_model, expert_shapes
+from fednested_lib.spool import Spool
+from fednested_lib.text import load_tokenizer, pack, read_texts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fednested_lib.adapters import RoutedAdapters
+
+_log = structlog.get_logger(__name__)
+
+
+class Model(BaseModel):
+    """A snapshot that this device holds completely; `snapshot` is the digest of its manifest blob."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    version: int = Field(ge=0)
+    snapshot: Digest
+    base_digest: Digest
+    chain_seq: int = Field(ge=0)
+
+
+class Job(BaseModel):
+    """The input of one update, written down before it is trained."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    sequence: int = Field(ge=0)
+    model: Model
+    first_row: int = Field(ge=0)
+    n_rows: int = Field(ge=1)
+
+
+class Interrupted(Exception):
+    """Training was told to stop; the job is still to be done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalReport:
+    """Numbers of one local update; losses in nats per token, held-out ones None without a held-out file."""
+
+    sequence: int
+    base_version: int
+    loss_first: float
+    loss_last: float
+    heldout_before: float | None
+    heldout_after: float | None
+    tokens: int
+    rows: int
+    seconds: float
+
+
+def job_seed(config: Tier2Config, sequence: int) -> int:
+    """Return the 128-bit seed of one update's initial A and order of rows."""
+    text = f"fednested.update/{config.training.seed}/{config.client_id}/{config.key_epoch}/{sequence}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+
+
+def window(rows: np.ndarray, first_row: int, n_rows: int) -> np.ndarray:
+    """Return the next `n_rows` rows from `first_row` on, round the end; each at most once."""
+    return rows[(first_row + np.arange(min(n_rows, len(rows)))) % len(rows)]
+
+
+class LocalTrainer:
+    """Trains jobs; keeps the model of the last one.
+
+    Args:
+        config: this device.
+        blobs: its own blob store, which holds every snapshot that a job names.
+        spool: where updates go.
+    """
+
+    def __init__(self, config: Tier2Config, blobs: BlobStore, spool: Spool):
+        self.config, self.blobs, self.spool = config, blobs, spool
+        self._snapshot: str | None = None
+        self._model: nn.Module | None = None
+        self._adapters: RoutedAdapters | None = None
+        self._rows: dict[str, np.ndarray] = {}
+        self._heldout_before: float | None = None
+
+    def train(self, job: Job, stopped: Callable[[], bool]) -> LocalReport:
+        """Train one job and spool the update.
+
+        Args:
+            job: what to train.
+            stopped: asked after every step.
+
+        Raises:
+            Interrupted: `stopped` said so; nothing is spooled.
+            DataError: the device has no usable text, or too little.
+            SnapshotError: a blob of the snapshot is missing or corrupt.
+            TrainingError: the loss is not finite.
+        """
+        from fednested_lib.training import train_adapters
+
+        started = time.monotonic()
+        how, seed = self.config.training, job_seed(self.config, job.sequence)
+        self._load(job.model)
+        self._adapters.reset(seed)
+
+        def check(_step: int, _loss: float) -> None:
+            if stopped():
+                raise Interrupted
+
+        rows = window(self._rows["data"], job.first_row, job.n_rows)
+        trained = train_adapters(
+            self._model,
+            self._adapters,
+            rows,
+            steps=how.steps,
+            batch_size=how.batch_size,
+            learning_rate=how.learning_rate,
+            seed=seed,
+            on_step=check,
+        )
+        failpoint("client.after_training")
+        report = LocalReport(
+            sequence=job.sequence,
+            base_version=job.model.version,
+            loss_first=trained.loss_first,
+            loss_last=trained.loss_last,
+            heldout_before=self._heldout_before,
+            heldout_after=self._heldout_loss(),
+            tokens=trained.tokens,
+            rows=len(rows),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        self._keep(job, report)
+        return report
+
+    def _keep(self, job: Job, report: LocalReport) -> None:
+        path = self.config.home / "training" / f"{job.sequence:012d}.json"
+        write_durable(path, canonical_json(vars(report)))
+        self.spool.write(
+            self._adapters.to_delta(),
+            sequence=job.sequence,
+            base_version=job.model.version,
+            base_digest=job.model.base_digest,
+            routed_tokens=self._adapters.tokens,
+            distinct_tokens=self._adapters.distinct_tokens,
+            num_examples=report.rows,
+        )
+        failpoint("client.after_spool")
+        _log.info("client.trained", **vars(report))
+
+    def _load(self, model: Model) -> None:
+        from fednested_lib.adapters import attach
+
+        if self._snapshot == model.snapshot:
+            return
+        self._snapshot = self._model = self._adapters = None  # let go of the old model before the new one is built
+        manifest = SnapshotManifest.from_json(self.blobs.get(model.snapshot))
+        self._rows = self._pack(manifest)
+        self._model = build_model(manifest, self.blobs, experts="fednested_lora")
+        how = self.config.adapters
+        spec = AdapterSpec(rank=how.rank, alpha=how.alpha)
+        layers = sorted({expert_param(name)[0] for name in expert_shapes(manifest)})
+        chosen = None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))
+        self._adapters = attach(self._model, spec, chosen, seed=0)
+        self._heldout_before = self._heldout_loss()
+        self._snapshot = model.snapshot
+
+    def _pack(self, manifest: SnapshotManifest) -> dict[str, np.ndarray]:
+        tokenizer = load_tokenizer(self.blobs.get(manifest.tokenizer))
+        paths = {"data": self.config.data, "heldout": self.config.heldout}
+        rows = {}
+        for name, path in paths.items():
+            if path is None:
+                continue
+            texts, bad = read_texts(path)
+            if bad:
+                _log.warning("client.bad_rows", file=name, count=len(bad), line=bad[0].line, reason=bad[0].reason)
+            rows[name] = pack(texts, tokenizer, self.config.training.seq_len)
+        return rows
+
+    def _heldout_loss(self) -> float | None:
+        from fednested_lib.training import mean_loss
+
+        if "heldout" not in self._rows:
+            return None
+        return mean_loss(self._model, self._rows["heldout"], self.config.training.batch_size)[0]

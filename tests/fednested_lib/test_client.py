@@ -1,0 +1,350 @@
+"""The device loop: what it sends, when it stops, and that a kill anywhere changes no byte of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fednested_lib.blobs import BlobStore
+from fednested_lib.client import CONTROL, TELEMETRY, run
+from fednested_lib.config import Tier2Config
+from fednested_lib.delta import decode
+from fednested_lib.envelope import HEADER, parse_envelope, verify_envelope
+from fednested_lib.errors import DataError, SnapshotError, StorageError, TrainingError, TransportError
+from fednested_lib.events import FederationEnd, ModelAvailable, parse_event, sign_event
+from fednested_lib.log import TOPICS, InMemoryLog
+from fednested_lib.sidecar import TOPIC
+from fednested_lib.signing import Signer
+from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
+
+SERVER = Signer.from_seed(b"s" * 32)
+DEVICE = Signer.from_seed(b"d" * 32)
+GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+class World:
+    """Tier 1 as a device sees it: a blob store, a log, and signed events."""
+
+    def __init__(self, directory: Path, make_model, tokenizer_json: bytes):
+        self.directory = directory
+        self.log = InMemoryLog(name="test")
+        self.log.create_topics(TOPICS)
+        self.blobs = BlobStore(directory / "tier1/blobs")
+        self.model = make_model("mixtral", vocabulary=300)
+        self.tokenizer = self.blobs.put(tokenizer_json)
+        DEVICE.save(directory / "device.key")
+        for name, word in (("text", "cat"), ("heldout", "mat")):
+            lines = (json.dumps({"text": f"the {word} {i} sat on the mat and the cat {i * i}"}) for i in range(40))
+            (directory / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def publish(self, version: int) -> SnapshotManifest:
+        manifest = SnapshotManifest(
+            version=version,
+            family="mixtral",
+            model_config=describe_config(self.model.config),
+            tokenizer=self.tokenizer,
+            blobs=write_state_dict(self.model.state_dict(), "mixtral", self.blobs),
+        )
+        self.announce(manifest, chain_seq=version)
+        return manifest
+
+    def announce(self, manifest: SnapshotManifest, *, chain_seq: int, signer: Signer = SERVER) -> None:
+        event = ModelAvailable(
+            version=manifest.version,
+            snapshot=self.blobs.put(manifest.to_json()),
+            base_digest=manifest.digest,
+            chain_seq=chain_seq,
+            chain_head="0" * 64,
+        )
+        self.tell(event, signer)
+
+    def tell(self, event, signer: Signer = SERVER) -> None:
+        self.log.append(CONTROL, key=b"champion", value=event.to_bytes(), headers=sign_event(event, signer))
+
+    def improve(self) -> None:
+        with torch.no_grad():
+            self.model.model.layers[0].mlp.experts.gate_up_proj[3] *= 1.01
+
+    def config(self, home: str = "home", **sections) -> Tier2Config:
+        training = {"steps": 3, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-2, "max_updates": 1}
+        document = {
+            "client_id": "romeo",
+            "key": self.directory / "device.key",
+            "home": self.directory / home,
+            "data": self.directory / "text.jsonl",
+            "heldout": self.directory / "heldout.jsonl",
+            "blobs_uri": str(self.directory / "tier1/blobs"),
+            "payloads_uri": str(self.directory / "tier1/payloads"),
+            "control": {"public_key": SERVER.public_key, "poll_s": 0.01},
+            "adapters": {"rank": 2, "alpha": 4.0},
+            "training": {**training, **sections.pop("training", {})},
+            "policy": {"min_tokens_per_rank": 1, **sections.pop("policy", {})},
+            **sections,
+        }
+        return Tier2Config.model_validate(document)
+
+    def records(self, topic: str = TOPIC, log: InMemoryLog | None = None):
+        log = log or self.log
+        return list(log.read(topic, log.watermarks(topic)))
+
+    def envelopes(self):
+        return [parse_envelope(dict(record.headers)[HEADER]) for record in self.records()]
+
+    def clone_log(self) -> InMemoryLog:
+        """A fresh log with the same control events, as a second process sees the broker."""
+        log = InMemoryLog(name="clone")
+        log.create_topics(TOPICS)
+        for record in self.records(CONTROL):
+            log.append(CONTROL, key=record.key, value=record.value, headers=dict(record.headers))
+        return log
+
+
+@pytest.fixture
+def world(tmp_path, make_model, tokenizer_json):
+    return World(tmp_path, make_model, tokenizer_json)
+
+
+def test_one_update_end_to_end(world):
+    """A device fetches the model, trains, and sends one signed update that tier 1 can verify and decode."""
+    manifest = world.publish(4)
+    report = run(world.config(), log=world.log)
+    assert (report.updates, report.waiting) == (1, 0)
+    (record,) = world.records()
+    envelope = parse_envelope(dict(record.headers)[HEADER])
+    verify_envelope(envelope, DEVICE.public_key)
+    assert record.key == b"romeo"
+    assert (envelope.sequence, envelope.base_version, envelope.base_digest) == (0, 4, manifest.digest)
+    payload = record.value or BlobStore(world.directory / "tier1/payloads").get(envelope.payload_sha256)
+    delta = decode(
+        payload,
+        encoding=envelope.encoding,
+        spec=envelope.adapter.spec(),
+        expert_ids=envelope.layers(),
+        shapes=expert_shapes(manifest),
+    )
+    assert any(factors.lora_b.any() for factors in delta.factors.values())
+    (telemetry,) = world.records(TELEMETRY)
+    event = parse_event(telemetry.value)
+    assert event.loss_last < event.loss_first
+    assert b"cat" not in telemetry.value
+    local = json.loads((world.directory / "home/training/000000000000.json").read_bytes())
+    assert local["heldout_after"] < local["heldout_before"]
+
+
+def test_one_update_per_base_and_fresh_adapters(world):
+    """A device waits for a new base after each update, goes on with its next rows, and repeats nothing it sent."""
+    world.publish(0)
+    config = world.config(training={"max_updates": 2})
+    process = _fork(config, world.log)
+    _eventually(lambda: (config.home / "outbox/outbox.db").exists() and [row[3] for row in _outbox(config)] == ["sent"])
+    time.sleep(0.3)  # thirty looks at the control topic
+    process.terminate()
+    process.join(10)
+    assert (config.home / "report.txt").read_text() == "stopped (1 updates made)"
+
+    world.log = world.clone_log()
+    world.improve()
+    world.publish(1)
+    run(config, log=world.log)
+    rows = [tuple(row) for row in _outbox(config)]
+    assert [(parse_envelope(row[1]).sequence, parse_envelope(row[1]).base_version) for row in rows] == [(0, 0), (1, 1)]
+    state = json.loads((config.home / "state.json").read_bytes())
+    assert state["next_row"] == 2 * 3 * 2
+
+
+def test_updates_per_base(world):
+    """With updates_per_base = 2 a device sends two updates on one base, from different rows and adapters."""
+    world.publish(0)
+    run(world.config(training={"updates_per_base": 2, "max_updates": 2}), log=world.log)
+    first, second = world.envelopes()
+    assert (first.sequence, second.sequence) == (0, 1)
+    assert first.base_digest == second.base_digest
+    assert first.payload_sha256 != second.payload_sha256
+
+
+def test_unsigned_and_old_events_are_ignored(world):
+    """A device acts on no event of another key and does not go back to an older announcement."""
+    old = world.publish(0)
+    world.improve()
+    newer = world.publish(5)
+    world.announce(old, chain_seq=0)
+    world.announce(old, chain_seq=9, signer=DEVICE)
+    world.tell(FederationEnd(reason="cancelled"), signer=DEVICE)
+    world.log.append(CONTROL, key=b"x", value=b"not an event", headers={})
+    run(world.config(), log=world.log)
+    assert [envelope.base_digest for envelope in world.envelopes()] == [newer.digest]
+
+
+def test_stops_when_the_federation_ends(world):
+    """An end after the model is obeyed at once; a model after an end starts the device again."""
+    manifest = world.publish(0)
+    world.tell(FederationEnd())
+    report = run(world.config(), log=world.log)
+    assert (str(report), world.records()) == ("federation completed (0 updates made)", [])
+    world.announce(manifest, chain_seq=1)
+    assert run(world.config(), log=world.log).updates == 1
+
+
+def test_fetches_only_what_changed_and_prunes(world):
+    """After a fold the device downloads one expert and deletes the old one; it never prunes a shared store."""
+    first = world.publish(0)
+    run(world.config(), log=world.log)
+    world.improve()
+    second = world.publish(1)
+    run(world.config(training={"max_updates": 2}), log=world.log)
+    own = BlobStore(world.directory / "home/blobs")
+    key = slice_key(GATE_UP, 3)
+    assert own.has(second.blobs[key])
+    assert not own.has(first.blobs[key])
+    assert set(own.digests()) == {second.tokenizer, *second.blobs.values(), world.blobs.put(second.to_json())}
+    assert world.blobs.has(first.blobs[key])
+    shared = world.config("tier1", training={"max_updates": 1})  # its home/blobs is what it fetches from
+    run(shared, log=world.log)
+    assert world.blobs.has(first.blobs[key])
+
+
+def test_heals_a_damaged_blob(world):
+    """A blob that rotted on the device is fetched again; one that is broken at its source is named."""
+    manifest = world.publish(0)
+    run(world.config(), log=world.log)
+    digest = manifest.blobs[slice_key(GATE_UP, 3)]
+    Path(BlobStore(world.directory / "home/blobs").location(digest)).write_bytes(b"rot")
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    assert run(config, log=world.log).updates == 1
+    Path(world.blobs.location(digest)).write_bytes(b"rot")
+    with pytest.raises(SnapshotError, match=f"{GATE_UP}/3.*{digest}"):
+        run(world.config("other"), log=world.log)
+
+
+def test_bad_input_is_one_named_error(world):
+    """No text, an unreachable broker at the first start, a broken state file and a NaN each stop with their name."""
+    world.publish(0)
+    with pytest.raises(DataError, match=r"nothing\.jsonl"):
+        run(world.config(data=world.directory / "nothing.jsonl"), log=world.log)
+    with torch.no_grad():
+        world.model.model.norm.weight[0] = float("nan")
+    world.publish(1)
+    with pytest.raises(TrainingError, match=r"loss of step 1 of 3 is nan.*training\.learning_rate"):
+        run(world.config(heldout=None), log=world.log)
+    assert world.records() == []
+    (world.directory / "broken").mkdir()
+    (world.directory / "broken/state.json").write_text("{}x")
+    with pytest.raises(StorageError, match=r"broken/state\.json"):
+        run(world.config("broken"), log=world.log)
+    world.log.reachable = False
+    with pytest.raises(TransportError):
+        run(world.config("fresh"), log=world.log)
+
+
+def test_offline_device_keeps_its_update(world, monkeypatch):
+    """A log that goes away while a device trains loses nothing: the update waits and is sent at the next start."""
+    world.publish(0)
+
+    class Dying(InMemoryLog):
+        def append(self, topic, **record):
+            self.reachable = topic != TOPIC
+            return super().append(topic, **record)
+
+    dying = Dying(name="dying")
+    dying.create_topics(TOPICS)
+    for record in world.records(CONTROL):
+        dying.append(CONTROL, key=record.key, value=record.value, headers=dict(record.headers))
+    config = world.config()
+    monkeypatch.setattr("fednested_lib.client._FAREWELL_S", 0.2)
+    report = run(config, log=dying)
+    assert (report.updates, report.waiting) == (1, 1)
+    assert "1 not sent yet" in str(report)
+    assert run(config, log=world.log).waiting == 0
+    assert [envelope.sequence for envelope in world.envelopes()] == [0]
+
+
+def test_a_lost_state_file_uses_no_number_twice(world):
+    """Without its state file a device goes on after the last number in its outbox."""
+    world.publish(0)
+    run(world.config(), log=world.log)
+    (world.directory / "home/state.json").unlink()
+    run(world.config(training={"max_updates": 2}), log=world.log)
+    assert [envelope.sequence for envelope in world.envelopes()] == [0, 1]
+
+
+def _fork(config: Tier2Config, log: InMemoryLog, failpoint: str | None = None):
+    def target():
+        if failpoint:
+            os.environ["FEDNESTED_FAILPOINT"] = failpoint
+        report = run(config, log=log)
+        (config.home / "report.txt").write_text(str(report))
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
+
+
+def _eventually(condition, patience_s: float = 60.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _outbox(config: Tier2Config) -> list[tuple]:
+    with sqlite3.connect(config.home / "outbox/outbox.db") as database:
+        rows = database.execute("SELECT sequence, envelope, payload_sha256, state FROM updates ORDER BY sequence")
+        return rows.fetchall()
+
+
+FAILPOINTS = [
+    "client.after_fetch",
+    "client.after_state",
+    "client.after_training",
+    "client.after_spool",
+    "client.after_outbox",
+    "client.after_send",
+    "client.after_state:2",
+    "client.after_spool:2",
+    "outbox.after_file",
+    "outbox.after_row",
+    "outbox.after_append",
+    "durable.before_rename:3",
+]
+
+
+def test_a_kill_anywhere_changes_no_byte(world):
+    """SIGKILL between any two durable steps: the restarted device has sent the very bytes of an undisturbed one."""
+    world.publish(0)
+    training = {"updates_per_base": 2, "max_updates": 2}
+    calm = world.config("calm", training=training)
+    run(calm, log=world.clone_log())
+    expected = _outbox(calm)
+    assert len(expected) == 2
+    for failpoint in FAILPOINTS:
+        config = world.config(failpoint.replace(":", "-"), training=training)
+        process = _fork(config, world.clone_log(), failpoint)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, failpoint
+        run(config, log=world.clone_log())
+        assert _outbox(config) == expected, failpoint
+        assert not list((config.home / "spool").glob("*")), failpoint
+
+
+def test_sigterm_ends_cleanly(world):
+    """SIGTERM during a pace or while waiting ends in well under a second, and the job is finished at the next start."""
+    world.publish(0)
+    config = world.config(training={"pace_s": 3600.0})
+    process = _fork(config, world.clone_log())
+    _eventually(lambda: list((config.home / "spool").glob("*.json")))
+    started = time.monotonic()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 0
+    assert time.monotonic() - started < 2
+    assert (config.home / "report.txt").read_text().startswith("stopped")
+    assert run(world.config(), log=world.log).updates == 1
+    assert [envelope.sequence for envelope in world.envelopes()] == [0]
