@@ -29,7 +29,10 @@ class FactorSpool:
         self._files: dict[str, np.memmap] = {}
 
     def __enter__(self) -> FactorSpool:
-        self._directory = Path(tempfile.mkdtemp(prefix="fednested-fold-", dir=self._parent))
+        try:
+            self._directory = Path(tempfile.mkdtemp(prefix="fednested-fold-", dir=self._parent))
+        except OSError as error:
+            raise StorageError(f"no scratch directory in {error.filename} ({error.strerror}): set TMPDIR") from error
         return self
 
     def __exit__(self, *_exception) -> None:

@@ -39,8 +39,8 @@ from tier1.versions.state import ChainState
 
 log = structlog.get_logger()
 
-# Where factors cancel to a product this much smaller, rounding decides about its norm and the clip is void. Measured
-# updates of honest devices stay below 1e3.
+# Where factors cancel to a product this much smaller, rounding decides about its norm and the clip is void. Factors of
+# rank r without structure reach about √r times the norm of their product.
 MAX_CANCELLATION = 1e6
 
 

@@ -183,7 +183,7 @@ class _Ledger:
 
     def apply(self, sealed: Sealed) -> None:
         body = sealed.entry.body
-        if (sealed.entry.seq == 0) != isinstance(body, Genesis):
+        if (self.last is None) != isinstance(body, Genesis):
             raise _contradiction(sealed, f"is a {body.kind} entry, but genesis and nothing else stands first")
         if isinstance(body, Genesis):
             self._add(sealed, body.version, body, None)

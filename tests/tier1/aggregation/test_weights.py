@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tier1.aggregation.weights import clip_factor, mass, prior, weigh, weighted_mean
+from tier1.versions.manifest import AggregationSettings
+
+SETTINGS = AggregationSettings(max_norm=1.0, token_cap=1000, min_mass_tokens=64)
+E = (0, 3)  # one (layer, expert)
+
+
+def omegas(tokens: list[int], stalenesses: list[int], settings: AggregationSettings = SETTINGS) -> list[float]:
+    """Weigh updates that adapt the one expert E, unclipped."""
+    rows = weigh([{E: count} for count in tokens], stalenesses, [1.0] * len(tokens), settings)
+    return [row.get(E, 0.0) for row in rows]
+
+
+def test_fresh_lone_client_with_enough_tokens_gets_its_whole_delta():
+    """A fresh update counts 1, not the 0.5 of a version counter that is incremented before the discount."""
+    assert omegas([64], [0]) == [1.0]
+
+
+def test_lone_client_with_few_tokens_does_not_own_an_expert():
+    """Below m_min tokens the step shrinks in proportion: 16 of 64 tokens give a quarter."""
+    assert omegas([16], [0]) == [0.25]
+
+
+def test_uniformly_stale_buffer_takes_a_smaller_step():
+    """Renormalising inside the buffer would erase staleness; the mass puts it back: (1 + 8)^(-1/2) = 1/3."""
+    assert sum(omegas([100, 300], [8, 8])) == pytest.approx(1 / 3)
+    assert sum(omegas([100, 300], [0, 0])) == pytest.approx(1.0)
+
+
+def test_stale_update_weighs_less_than_a_fresh_one_of_equal_tokens():
+    """A τ = 8 update has a third of a fresh one's weight, not the half that the premature increment gives."""
+    fresh, stale = omegas([128, 128], [0, 8])
+    assert stale / fresh == pytest.approx(1 / 3)
+
+
+def test_tokens_are_capped():
+    """A client that declares a billion tokens weighs as much as one at the cap."""
+    assert omegas([10**9, 1000], [0, 0]) == [0.5, 0.5]
+
+
+def test_zero_token_expert_is_withheld():
+    """Zero tokens mean that the device withheld the expert: no weight, and it does not count as coverage."""
+    settings = SETTINGS.model_copy(update={"min_coverage": 2})
+    assert weigh([{E: 0}], [0], [1.0], SETTINGS) == [{}]
+    assert omegas([0, 128], [0, 0], settings) == [0.0, 0.5]  # n_e = 1 of k_min = 2
+
+
+def test_experts_are_weighed_apart():
+    """Each expert is shared among the clients that cover it, whatever they do elsewhere."""
+    a, b = (0, 0), (1, 0)
+    rows = weigh([{a: 100, b: 100}, {b: 300}], [0, 0], [1.0, 1.0], SETTINGS)
+    assert rows == [{a: 1.0, b: 0.25}, {b: 0.75}]
+
+
+def test_clip_scales_the_weight_of_every_expert():
+    """k_d multiplies ω of all experts of the client."""
+    rows = weigh([{(0, 0): 100, (1, 1): 100}], [0], [0.5], SETTINGS)
+    assert rows == [{(0, 0): 0.5, (1, 1): 0.5}]
+
+
+@given(norm=st.floats(0, 1e300), bound=st.floats(1e-6, 1e6))
+def test_clipped_norm_stays_within_the_bound(norm: float, bound: float):
+    """k·‖ΔW‖ ≤ C for every norm, and an update within the bound is not touched."""
+    k = clip_factor(norm, bound)
+    assert 0 < k <= 1
+    assert k * norm <= bound * (1 + 1e-12)
+    assert k == 1.0 or norm > bound
+
+
+updates = st.lists(st.tuples(st.integers(1, 10**7), st.integers(0, 40), st.floats(1e-3, 1.0)), min_size=1, max_size=12)
+
+
+@given(rows=updates, data=st.data())
+def test_order_of_updates_does_not_show_in_a_single_bit(rows, data):
+    """Permuting the buffer permutes the weights and changes none of them."""
+    order = data.draw(st.permutations(range(len(rows))))
+
+    def run(indices):
+        chosen = [rows[i] for i in indices]
+        result = weigh([{E: n} for n, _, _ in chosen], [tau for _, tau, _ in chosen], [k for *_, k in chosen], SETTINGS)
+        return {i: row[E] for i, row in zip(indices, result, strict=True)}
+
+    assert run(order) == run(range(len(rows)))
+
+
+@given(rows=updates)
+def test_total_weight_never_exceeds_one(rows):
+    """Σω ≤ 1 per expert, so a fold moves an expert by at most η·C."""
+    assert sum(omegas([n for n, _, _ in rows], [tau for _, tau, _ in rows])) <= 1 + 1e-12
+
+
+def test_rule_normalises():
+    """The weighted mean returns shares that sum to one, in proportion to the priors."""
+    assert weighted_mean([1.0, 3.0]) == [0.25, 0.75]
+
+
+def test_prior_and_mass_follow_the_formula():
+    """Golden numbers by hand: 100·4^(-1/2) = 50; (50 + 20) / max(100 + 20, 64) = 7/12."""
+    assert prior(100, 3, token_cap=1000, exponent=0.5) == 50.0
+    assert math.isclose(mass([100, 20], [50.0, 20.0], SETTINGS), 70 / 120)
