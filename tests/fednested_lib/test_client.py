@@ -258,8 +258,9 @@ def test_offline_device_keeps_its_update(world, monkeypatch):
     for record in world.records(CONTROL):
         dying.append(CONTROL, key=record.key, value=record.value, headers=dict(record.headers))
     config = world.config()
-    monkeypatch.setattr("fednested_lib.client._FAREWELL_S", 0.2)
-    report = run(config, log=dying)
+    with monkeypatch.context() as patch:
+        patch.setattr("fednested_lib.client._FAREWELL_S", 0.2)
+        report = run(config, log=dying)
     assert (report.updates, report.waiting) == (1, 1)
     assert "1 not sent yet" in str(report)
     assert run(config, log=world.log).waiting == 0

@@ -1,0 +1,180 @@
+"""What leaves the device: withheld, clipped, rounded, bucketed and signed; and nothing that is not fit to leave."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fednested_lib.config import ExportPolicyConfig
+from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors, decode
+from fednested_lib.envelope import parse_envelope, verify_envelope
+from fednested_lib.errors import PayloadError
+from fednested_lib.outbox import Outbox
+from fednested_lib.sidecar import clip, make_update, norm, release, rounding_seed
+from fednested_lib.signing import Signer
+from fednested_lib.spool import Spool
+
+SIGNER = Signer.from_seed(b"d" * 32)
+SHAPES = {
+    f"model.layers.{layer}.mlp.experts.{projection}": shape
+    for layer in (0, 2)
+    for projection, shape in (("gate_up_proj", (6, 24, 16)), ("down_proj", (6, 16, 12)))
+}
+IDS = {0: (1, 4, 5), 2: (0,)}
+ROUTED, DISTINCT = {0: [100, 40, 0], 2: [1000]}, {0: [50, 15, 0], 2: [16]}
+WHO = {"client_id": "romeo", "key_epoch": 2, "signer": SIGNER}
+
+
+def _delta(size: float = 0.05, seed: int = 0) -> Delta:
+    rng = np.random.default_rng(seed)
+    factors = {}
+    for name, (_, d_out, d_in) in SHAPES.items():
+        ids = IDS[int(name.split(".")[2])]
+        a, b = rng.standard_normal((len(ids), 4, d_in)), rng.standard_normal((len(ids), d_out, 4))
+        factors[name] = ExpertFactors(
+            expert_ids=ids, lora_a=(a * size).astype(np.float32), lora_b=(b * size).astype(np.float32)
+        )
+    return Delta(spec=AdapterSpec(rank=4, alpha=8.0), factors=factors)
+
+
+def _spooled(tmp_path, delta=None, sequence=7):
+    spool = Spool(tmp_path / "spool")
+    spool.write(
+        delta or _delta(),
+        sequence=sequence,
+        base_version=3,
+        base_digest="a" * 64,
+        routed_tokens=ROUTED,
+        distinct_tokens=DISTINCT,
+        num_examples=100,
+    )
+    return spool.read(sequence, SHAPES)
+
+
+def _made(tmp_path, delta=None, **policy):
+    declaration, factors = _spooled(tmp_path, delta)
+    envelope, payload = make_update(declaration, factors, policy=ExportPolicyConfig(**policy), **WHO)
+    parsed = parse_envelope(envelope.to_bytes())
+    verify_envelope(parsed, SIGNER.public_key)
+    sent = decode(
+        payload, encoding=parsed.encoding, spec=parsed.adapter.spec(), expert_ids=parsed.layers(), shapes=SHAPES
+    )
+    return parsed, payload, sent
+
+
+def test_envelope_tells_buckets_only(tmp_path):
+    """Counts leave as powers of two, and an expert under the floor of 4·r distinct tokens says it saw none."""
+    envelope, _, _ = _made(tmp_path)
+    assert envelope.tokens == {"0": [64, 0, 0], "2": [512]}
+    assert envelope.num_examples == 64
+    assert (envelope.sequence, envelope.key_epoch, envelope.base_version) == (7, 2, 3)
+    assert envelope.layers() == IDS
+
+
+def test_experts_under_the_floor_leave_as_zeros(tmp_path):
+    """A withheld expert stays in the list of ids with factors of exact zeros; the others are as trained."""
+    envelope, _, sent = _made(tmp_path, encoding="fp32")
+    for name, factors in sent.factors.items():
+        layer = int(name.split(".")[2])
+        for j, distinct in enumerate(DISTINCT[layer]):
+            same = np.array_equal(factors.lora_b[j], _delta().factors[name].lora_b[j])
+            assert same == (distinct >= 16)
+            assert factors.lora_a[j].any() == factors.lora_b[j].any() == (distinct >= 16)
+    assert _made(tmp_path, min_tokens_per_rank=5)[0].tokens == {"0": [64, 0, 0], "2": [0]}
+
+
+def test_clip_bounds_the_norm(tmp_path):
+    """A large update is scaled down to the bound as a whole, a small one is not touched, and int8 keeps the bound."""
+    large = _delta(size=2.0)
+    assert norm(large) > 10
+    assert norm(clip(large, 1.5)) == pytest.approx(1.5, rel=1e-5)
+    name = next(iter(SHAPES))
+    ratio = clip(large, 1.5).factors[name].lora_b / large.factors[name].lora_b
+    assert ratio.max() == pytest.approx(ratio.min(), rel=1e-5)
+    small = _delta(size=0.01)
+    assert clip(small, 1.5) is small
+    assert norm(_made(tmp_path, large, max_norm=1.5)[2]) == pytest.approx(1.5, rel=0.02)
+
+
+def test_norm_is_the_dense_norm():
+    """The Gram identity equals the norm of the dense matrices."""
+    delta = _delta()
+    dense = [delta.spec.scale * b @ a for f in delta.factors.values() for a, b in zip(f.lora_a, f.lora_b, strict=True)]
+    assert norm(delta) == pytest.approx(
+        np.sqrt(sum((matrix.astype(np.float64) ** 2).sum() for matrix in dense)), rel=1e-6
+    )
+
+
+def test_same_update_same_bytes(tmp_path):
+    """Making an update again gives the same envelope and payload; another sequence is rounded otherwise."""
+    first, again = _made(tmp_path), _made(tmp_path)
+    assert first[0] == again[0]
+    assert first[1] == again[1]
+    seeds = {rounding_seed("romeo", epoch, sequence) for epoch in range(3) for sequence in range(3)}
+    assert len(seeds) == 9
+    declaration, factors = _spooled(tmp_path, sequence=8)
+    assert make_update(declaration, factors, policy=ExportPolicyConfig(), **WHO)[1] != first[1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("expert", [0, 2])
+def test_nothing_leaves_when_a_factor_is_not_finite(tmp_path, value, expert):
+    """NaN or infinity in any expert, withheld ones included, stops the update before the outbox."""
+    declaration, factors = _spooled(tmp_path)
+    factors.factors["model.layers.0.mlp.experts.down_proj"].lora_a[expert, 0, 0] = value
+    with (
+        Outbox(tmp_path / "outbox", max_bytes=1 << 20) as outbox,
+        pytest.raises(PayloadError, match=r"down_proj has NaN or infinite.*learning_rate") as caught,
+    ):
+        release(declaration, factors, policy=ExportPolicyConfig(), outbox=outbox, **WHO)
+    assert caught.value.reason == "non_finite"
+    with Outbox(tmp_path / "outbox", max_bytes=1 << 20) as outbox:
+        assert outbox.pending() == []
+    with pytest.raises(PayloadError):
+        _spooled(tmp_path, factors)
+
+
+def test_release_is_idempotent(tmp_path):
+    """Releasing twice leaves one entry in the outbox, whose bytes are the envelope's and the payload's."""
+    declaration, factors = _spooled(tmp_path)
+    with Outbox(tmp_path / "outbox", max_bytes=1 << 20) as outbox:
+        envelope = release(declaration, factors, policy=ExportPolicyConfig(), outbox=outbox, **WHO)
+        release(declaration, factors, policy=ExportPolicyConfig(), outbox=outbox, **WHO)
+        (item,) = outbox.pending()
+        assert (item.envelope, item.key, item.topic) == (envelope.to_bytes(), b"romeo", "updates.experts.local")
+        assert len(outbox.payload(item)) == envelope.payload_bytes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extra": 1},
+        {"sequence": 8},
+        {"distinct_tokens": {"0": [101, 15, 0], "2": [16]}},
+        {"distinct_tokens": {"0": [50, 15], "2": [16]}},
+        {"expert_ids": {"0": [1, 4, 4], "2": [0]}},
+        {"expert_ids": {"0": [1, 4, 6], "2": [0]}},
+        {"adapter": {"rank": 5, "alpha": 8.0, "mode": "lora"}},
+        {"factors_sha256": "0" * 64},
+    ],
+)
+def test_spool_is_parsed_strictly(tmp_path, change):
+    """A declaration that was altered, contradicts itself or does not fit its factors is refused."""
+    _spooled(tmp_path)
+    path = tmp_path / "spool/000000000007.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(PayloadError):
+        Spool(tmp_path / "spool").read(7, SHAPES)
+
+
+def test_incomplete_spool_does_not_count(tmp_path):
+    """Factors without a declaration are no update; removing one leaves nothing."""
+    spool = Spool(tmp_path / "spool")
+    _spooled(tmp_path)
+    assert spool.has(7)
+    (tmp_path / "spool/000000000007.json").unlink()
+    assert not spool.has(7)
+    spool.remove(7)
+    assert list((tmp_path / "spool").iterdir()) == []
