@@ -99,22 +99,25 @@ def _checkout_app(name: str) -> typer.Typer:
     raise ConfigError(f"`fednested {name}` {CHECKOUT_REMEDY}")
 
 
-def _remedy_group(name: str) -> typer.Typer:
-    group = typer.Typer(help=f"Not in the wheel: {CHECKOUT_REMEDY}.", invoke_without_command=True)
-
-    @group.callback(invoke_without_command=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-    def _explain(context: typer.Context) -> None:
-        raise ConfigError(f"`fednested {name}` {CHECKOUT_REMEDY}")
-
-    return group
-
-
 def _add_checkout_groups(arguments: list[str]) -> None:
     """Add the groups of a checkout; only the one that is called is imported, so that a device starts fast."""
     registered = {entry.name for entry in entry_points(group=ENTRY_POINTS)}
     for name in sorted(registered | set(CHECKOUT_GROUPS)):
-        called = name in arguments
-        app.add_typer(_checkout_app(name) if name in registered and called else _remedy_group(name), name=name)
+        if name in registered and name in arguments:
+            app.add_typer(_checkout_app(name), name=name)
+        elif name in registered:
+            app.add_typer(typer.Typer(help=f"Commands of this checkout: `fednested {name} --help`."), name=name)
+        else:
+            _add_remedy(name)
+
+
+def _add_remedy(name: str) -> None:
+    # A command, not a group: whatever follows the name is swallowed, so the remedy is the only thing that is said.
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+    @app.command(name, help=f"Not in the wheel: {CHECKOUT_REMEDY}.", context_settings=settings)
+    def _explain(context: typer.Context) -> None:
+        raise ConfigError(f"`fednested {name}` {CHECKOUT_REMEDY}")
 
 
 def _configure_logging() -> None:

@@ -79,10 +79,20 @@ def promote(
     """Settle the newest candidate and decide on it."""
     answer = None
     if decision is not None:
-        if load_tier1(config).profile != "local":
-            raise ConfigError("--decision answers the gate by flag and is for profile: local; in production issue a token with `fednested approvals`")
+        _require_local(config)
         answer = _answer_for_newest(config, decision, key, reason)
-    run_workflow("evaluate_and_promote", config, answer=answer)
+    run_workflow("evaluate_and_promote", config, *_by_flag(answer), answer=answer)
+
+
+def _by_flag(answer: str | None) -> list[str]:
+    return [] if answer is None else ["--channel", "flag"]
+
+
+def _require_local(config: Path) -> None:
+    if load_tier1(config).profile != "local":
+        raise ConfigError(
+            "--decision answers the gate by flag and is for profile: local; in production issue a token with `fednested approvals token`"
+        )
 
 
 def _answer_for_newest(config: Path, decision: str, key: Path | None, reason: str) -> str:
@@ -109,7 +119,9 @@ def nested_round(
     decision: str = typer.Option(None, help="approve or reject (local profile only)"),
 ) -> None:
     """Turn every loop once."""
-    run_workflow("nested_round", config, *(["--core"] if core else []), answer=decision)
+    if decision is not None:
+        _require_local(config)
+    run_workflow("nested_round", config, *(["--core"] if core else []), *_by_flag(decision), answer=decision)
 
 
 @app.command("replay")

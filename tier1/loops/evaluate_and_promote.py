@@ -28,19 +28,26 @@ from tier1.loops.records import CandidateRef, Outcome, Settled
 from tier1.loops.views import sync_views
 from tier1.versions.candidates import load_candidate, newest_first, save_candidate
 from tier1.versions.manifest import Candidate, Decision, GateRecord, Rates, SuiteChange, Version
-from tier1.versions.state import ChainState, Sealed, VersionView
+from tier1.versions.state import ChainState, Sealed, VersionView, continues
 
 log = structlog.get_logger()
 NOTHING = Settled(status="nothing", version=-1, manifest="", candidate="", tries=0, reason="no candidate waits: nothing was folded since the last one")
 
 
 def newest_candidate(fed: Federation) -> CandidateRef:
-    """Return the newest candidate whose inputs no entry has consumed; its digest is empty if there is none."""
-    spent = fed.chain.state().spent if fed.chain.exists() else {}
-    for digest in newest_first(fed.home):
-        candidate = load_candidate(fed.home, digest)
-        if candidate.inputs.id() not in spent:
-            return _reference(digest, candidate)
+    """Return the newest candidate that can still be settled; its digest is empty if there is none.
+
+    One whose inputs an entry has consumed, wholly or in part, is over: a round that died between fold and settle leaves
+    such a candidate when the next round took a larger cut.
+    """
+    if fed.chain.exists():
+        state = fed.chain.state()
+        pending = {sealed.entry.body.candidate.inputs.id() for sealed in state.pending}
+        for digest in newest_first(fed.home):
+            candidate = load_candidate(fed.home, digest)
+            name, cut = candidate.inputs.id(), candidate.inputs.cut
+            if name in pending or (name not in state.spent and (cut is None or continues(state.offsets, cut))):
+                return _reference(digest, candidate)
     return CandidateRef(digest="", parent_version=-1, n_accepted=0, n_refused=0)
 
 

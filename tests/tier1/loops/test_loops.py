@@ -189,3 +189,15 @@ def test_an_answer_that_is_no_decision_is_refused_and_the_version_waits(fed):
         decide(fed, settled, "yes please do", "console")
     assert fed.chain.state().champion.version == 1
     assert newest_candidate(fed).digest == ""
+
+
+def test_a_candidate_whose_cut_was_overtaken_is_passed_over(fed):
+    """A round that died between fold and settle leaves a candidate that does not stop later rounds."""
+    ann, bob = Device(fed, "ann"), Device(fed, "bob")
+    ann.send()
+    fold_updates(fed, take_updates(fed))  # and died here
+    bob.send()
+    settled, _ = fast_round(fed)
+    assert settled.version == 2
+    settled, outcome = fast_round(fed, answer="")
+    assert (settled.status, outcome.verdict) == ("nothing", "nothing")
