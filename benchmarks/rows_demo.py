@@ -46,15 +46,23 @@ def demo(seed: int) -> DemoRun:
             process.terminate()
             output = process.communicate()[0]
         if process.returncode != 0:
-            raise RuntimeError(f"demo with seed {seed} ended with code {process.returncode}: {output.strip().splitlines()[-1]}")
-        return DemoRun(report=json.loads((out / "report.json").read_text()), wall_s=time.monotonic() - began, peak_gib=peak / 2**30)
+            raise RuntimeError(
+                f"demo with seed {seed} ended with code {process.returncode}: {output.strip().splitlines()[-1]}"
+            )
+        return DemoRun(
+            report=json.loads((out / "report.json").read_text()), wall_s=time.monotonic() - began, peak_gib=peak / 2**30
+        )
 
 
 def _device_means(report: dict) -> list[float]:
     """Mean held-out loss over the device domains of the first snapshot and of the champion after each round."""
-    rounds = [row for row in report["versions"] if row["kind"] == "devices" and row["status"] in ("approved", "champion")]
+    rounds = [
+        row for row in report["versions"] if row["kind"] == "devices" and row["status"] in ("approved", "champion")
+    ]
     rows = [report["versions"][1], *rounds]
-    return [sum(row["losses"][suite] for suite in report["device_suites"]) / len(report["device_suites"]) for row in rows]
+    return [
+        sum(row["losses"][suite] for suite in report["device_suites"]) / len(report["device_suites"]) for row in rows
+    ]
 
 
 @figure("demo.wall", unit="s", bound="<= 480", cls="full")
@@ -94,5 +102,7 @@ def stale_updates() -> float:
 @figure("replay.identical", unit="%", bound="== 100", cls="full")
 def replayed() -> float:
     """Versions of three demo runs that replay rebuilt from genesis and the archived inputs to identical blobs."""
-    lines = [value for seed in SEEDS for name, value in demo(seed).report["facts"].items() if name.startswith("version ")]
+    lines = [
+        value for seed in SEEDS for name, value in demo(seed).report["facts"].items() if name.startswith("version ")
+    ]
     return 100 * sum(line.startswith("identical") for line in lines) / len(lines)

@@ -20,8 +20,12 @@ from fednested_lib.signing import sha256_hex
 
 def _refused(path: str | os.PathLike, error: OSError, size_bytes: int) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"disk full: cannot write {size_bytes} bytes to {path}: free space, then run again; nothing is lost")
-    return StorageError(f"cannot write {size_bytes} bytes to {path} ({error.strerror}): fix the path or its permissions")
+        return StorageError(
+            f"disk full: cannot write {size_bytes} bytes to {path}: free space, then run again; nothing is lost"
+        )
+    return StorageError(
+        f"cannot write {size_bytes} bytes to {path} ({error.strerror}): fix the path or its permissions"
+    )
 
 
 def _fsync_directory(directory: Path) -> None:
@@ -135,13 +139,18 @@ class BlobStore:
             else:
                 data = self._remote("read", digest, lambda: self._filesystem.cat_file(place))
         except FileNotFoundError as error:
-            raise SnapshotError("missing_blob", f"blob {digest} is missing at {place}: restore it or replay the version") from error
+            raise SnapshotError(
+                "missing_blob", f"blob {digest} is missing at {place}: restore it or replay the version"
+            ) from error
         except OSError as error:
-            raise StorageError(f"blob {digest} cannot be read at {place} ({error.strerror}): fix its permissions") from error
+            raise StorageError(
+                f"blob {digest} cannot be read at {place} ({error.strerror}): fix its permissions"
+            ) from error
         found = sha256_hex(data)
         if found != digest:
             raise SnapshotError(
-                "corrupt_blob", f"blob {digest} at {place} is corrupt (its bytes have digest {found}): restore it or replay the version"
+                "corrupt_blob",
+                f"blob {digest} at {place} is corrupt (its bytes have digest {found}): restore it or replay the version",
             )
         return data
 
@@ -180,5 +189,7 @@ def _open_filesystem(uri: str):
     try:
         filesystem, _ = fsspec.core.url_to_fs(uri)
     except (ImportError, ValueError) as error:
-        raise TransportError(f"blob store {uri} cannot be opened ({error}): install its fsspec driver or fix the address") from error
+        raise TransportError(
+            f"blob store {uri} cannot be opened ({error}): install its fsspec driver or fix the address"
+        ) from error
     return filesystem

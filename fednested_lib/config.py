@@ -119,7 +119,9 @@ def load_yaml(path: str | os.PathLike, model: type[Model], *, command: str) -> M
         place = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(f"config file {path} is not YAML{place}: compare with `{command}`") from None
     if not isinstance(document, dict):
-        raise ConfigError(f"config file {path} must hold a mapping, got {type(document).__name__}: write one with `{command}`")
+        raise ConfigError(
+            f"config file {path} must hold a mapping, got {type(document).__name__}: write one with `{command}`"
+        )
     try:
         return model.model_validate(document)
     except ValidationError as error:

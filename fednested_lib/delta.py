@@ -44,7 +44,9 @@ class AdapterSpec:
         if not 1 <= self.rank <= MAX_RANK:
             raise PayloadError("bad_rank", f"LoRA rank must be 1..{MAX_RANK}, got {self.rank}: set adapters.rank")
         if not 0 < self.alpha < float("inf"):
-            raise PayloadError("bad_alpha", f"LoRA alpha must be a finite number > 0, got {self.alpha}: set adapters.alpha")
+            raise PayloadError(
+                "bad_alpha", f"LoRA alpha must be a finite number > 0, got {self.alpha}: set adapters.alpha"
+            )
 
     @property
     def scale(self) -> float:
@@ -105,7 +107,10 @@ def _encode_tensors(delta: Delta, encoding: str, seed: int) -> dict[str, np.ndar
         for factor, axis in (("lora_a", 2), ("lora_b", 1)):
             values = np.ascontiguousarray(getattr(factors, factor), dtype=np.float32)
             if not np.isfinite(values).all():
-                raise PayloadError("non_finite", f"{name}.{factor} has NaN or infinite values: the update is not sent; lower the learning rate")
+                raise PayloadError(
+                    "non_finite",
+                    f"{name}.{factor} has NaN or infinite values: the update is not sent; lower the learning rate",
+                )
             key = f"{name}.{factor}"
             if encoding == "int8":
                 tensors[key], tensors[f"{key}.scale"] = _round_int8(values, axis, rng)
@@ -129,12 +134,17 @@ def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
     from safetensors.numpy import save
 
     if encoding not in ENCODINGS:
-        raise PayloadError("bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}: set policy.encoding")
+        raise PayloadError(
+            "bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}: set policy.encoding"
+        )
     return bytes(cramjam.zstd.compress(save(_encode_tensors(delta, encoding, seed)), level=3))
 
 
 def _expected(
-    encoding: str, spec: AdapterSpec, expert_ids: Mapping[int, tuple[int, ...]], shapes: Mapping[str, tuple[int, int, int]]
+    encoding: str,
+    spec: AdapterSpec,
+    expert_ids: Mapping[int, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, int, int]],
 ) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Return name → (dtype, shape) of every tensor the payload must hold."""
     from fednested_lib.partition import expert_param
@@ -147,7 +157,10 @@ def _expected(
         if not ids:
             continue
         if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= n_experts:
-            raise PayloadError("bad_expert_ids", f"expert ids of layer {layer} must be ascending in 0..{n_experts - 1}, got {list(ids)[:8]}")
+            raise PayloadError(
+                "bad_expert_ids",
+                f"expert ids of layer {layer} must be ascending in 0..{n_experts - 1}, got {list(ids)[:8]}",
+            )
         for factor, shape in (("lora_a", (len(ids), spec.rank, d_in)), ("lora_b", (len(ids), d_out, spec.rank))):
             expected[f"{name}.{factor}"] = (dtype, shape)
             if encoding == "int8":
@@ -155,7 +168,9 @@ def _expected(
     layers = {expert_param(name)[0] for name in shapes}
     unknown = sorted(set(expert_ids) - layers)
     if unknown:
-        raise PayloadError("bad_expert_ids", f"layer {unknown[0]} has no experts in this model (layers {min(layers)}..{max(layers)})")
+        raise PayloadError(
+            "bad_expert_ids", f"layer {unknown[0]} has no experts in this model (layers {min(layers)}..{max(layers)})"
+        )
     if not expected:
         raise PayloadError("empty_update", "the update adapts no expert")
     return expected
@@ -164,7 +179,9 @@ def _expected(
 def _decompress(payload: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
     import cramjam
 
-    bound = 16 + sum(_HEADER_BYTES_PER_TENSOR + dtype.itemsize * int(np.prod(shape)) for dtype, shape in expected.values())
+    bound = 16 + sum(
+        _HEADER_BYTES_PER_TENSOR + dtype.itemsize * int(np.prod(shape)) for dtype, shape in expected.values()
+    )
     buffer = np.empty(bound, dtype=np.uint8)  # bounded before a byte is decompressed: no zip bomb
     try:
         n = cramjam.zstd.decompress_into(payload, buffer)
@@ -187,9 +204,13 @@ def _parse(raw: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]])
     for name, (dtype, shape) in expected.items():
         found = tensors[name]
         if found.dtype != dtype or found.shape != shape:
-            raise PayloadError("bad_shape", f"{name} must be {dtype} {list(shape)}, got {found.dtype} {list(found.shape)}")
+            raise PayloadError(
+                "bad_shape", f"{name} must be {dtype} {list(shape)}, got {found.dtype} {list(found.shape)}"
+            )
     if save(tensors) != raw:
-        raise PayloadError("not_canonical", "payload bytes differ from the canonical file of its tensors (hidden bytes or metadata)")
+        raise PayloadError(
+            "not_canonical", "payload bytes differ from the canonical file of its tensors (hidden bytes or metadata)"
+        )
     return tensors
 
 
@@ -229,7 +250,9 @@ def decode(
     for name in sorted(shapes):
         ids = tuple(expert_ids.get(expert_param(name)[0], ()))
         if ids:
-            factors[name] = ExpertFactors(expert_ids=ids, **{factor: _widen(tensors, f"{name}.{factor}", factor) for factor in _FACTORS})
+            factors[name] = ExpertFactors(
+                expert_ids=ids, **{factor: _widen(tensors, f"{name}.{factor}", factor) for factor in _FACTORS}
+            )
     return Delta(spec=spec, factors=factors)
 
 

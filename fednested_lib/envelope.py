@@ -99,7 +99,9 @@ def _signed_part(fields: dict) -> bytes:
 
 
 def _content_id(fields: dict) -> str:
-    return sha256_hex(canonical_json({key: value for key, value in fields.items() if key not in ("signature", "update_id")}))
+    return sha256_hex(
+        canonical_json({key: value for key, value in fields.items() if key not in ("signature", "update_id")})
+    )
 
 
 def make_envelope(signer: Signer, **fields) -> Envelope:
@@ -144,6 +146,11 @@ def verify_envelope(envelope: Envelope, public_key: str) -> None:
     """
     fields = envelope.model_dump(mode="json")
     if envelope.update_id != _content_id(fields):
-        raise EnvelopeError("bad_update_id", f"update id {envelope.update_id[:12]} does not match the envelope's content")
+        raise EnvelopeError(
+            "bad_update_id", f"update id {envelope.update_id[:12]} does not match the envelope's content"
+        )
     if not verify(public_key, envelope.signature, _signed_part(fields)):
-        raise EnvelopeError("bad_signature", f"envelope of client {envelope.client_id} is unsigned or altered (key epoch {envelope.key_epoch})")
+        raise EnvelopeError(
+            "bad_signature",
+            f"envelope of client {envelope.client_id} is unsigned or altered (key epoch {envelope.key_epoch})",
+        )

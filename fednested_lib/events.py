@@ -84,7 +84,9 @@ def parse_event(data: bytes) -> Event:
         return _ADAPTER.validate_json(data)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        raise EnvelopeError("bad_event", f"event field {'.'.join(map(str, first['loc'])) or 'event'}: {first['msg']}") from None
+        raise EnvelopeError(
+            "bad_event", f"event field {'.'.join(map(str, first['loc'])) or 'event'}: {first['msg']}"
+        ) from None
 
 
 def verify_event(data: bytes, headers: dict[str, bytes], public_key: str) -> Event:
@@ -96,5 +98,7 @@ def verify_event(data: bytes, headers: dict[str, bytes], public_key: str) -> Eve
     event = parse_event(data)
     signature = headers.get(SIGNATURE_HEADER, b"").decode("ascii", "replace")
     if not verify(public_key, signature, data):
-        raise EnvelopeError("bad_signature", f"control event {event.event} is unsigned or signed by another key than control.public_key")
+        raise EnvelopeError(
+            "bad_signature", f"control event {event.event} is unsigned or signed by another key than control.public_key"
+        )
     return event

@@ -61,7 +61,9 @@ class Signer:
         try:
             text = Path(path).read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"key file {path} cannot be read ({error}): run `fednested init-config` or fix the path") from error
+            raise ConfigError(
+                f"key file {path} cannot be read ({error}): run `fednested init-config` or fix the path"
+            ) from error
         if not re.fullmatch(HEX64, text):
             raise ConfigError(f"key file {path} must hold 64 hex digits, got {len(text)} characters: make a new key")
         return cls.from_seed(bytes.fromhex(text))

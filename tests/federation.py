@@ -18,7 +18,9 @@ from tier1.federation import Federation, open_federation
 from tier1.workspace import create_workspace
 
 TOPIC = "updates.experts.local"
-WORDS = "the king and queen of night did speak to all good lords about love war gold storm ship crown sword field".split()
+WORDS = (
+    "the king and queen of night did speak to all good lords about love war gold storm ship crown sword field".split()
+)
 SMALL_MODEL = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -46,7 +48,9 @@ def device_key(client: str) -> Signer:
     return Signer.from_seed(bytes.fromhex(sha256_hex(f"test device {client}".encode())))
 
 
-def make_workspace(directory: Path, *, clients=("ann", "bob", "cyd"), bootstrap: str | None = None, **overrides) -> Path:
+def make_workspace(
+    directory: Path, *, clients=("ann", "bob", "cyd"), bootstrap: str | None = None, **overrides
+) -> Path:
     """Write a workspace with data; the log is in memory (one per call) unless `bootstrap` names a broker."""
     write_text(directory / "data/train.jsonl", 200, 1)
     write_text(directory / "data/heldout.jsonl", 40, 2)
@@ -81,7 +85,16 @@ class Device:
     client: str
     sequence: int = 0
 
-    def send(self, *, base: int | None = None, size: float = 0.01, rank: int = 2, tokens: int = 256, sequence: int | None = None, **changes):
+    def send(
+        self,
+        *,
+        base: int | None = None,
+        size: float = 0.01,
+        rank: int = 2,
+        tokens: int = 256,
+        sequence: int | None = None,
+        **changes,
+    ):
         """Append one update to the log and return its envelope; `changes` override envelope fields."""
         state = self.fed.chain.state()
         view = state.champion if base is None else state.versions[base]

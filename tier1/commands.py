@@ -33,18 +33,26 @@ def run_workflow(name: str, config: Path, *arguments: str, answer: str | None = 
     load_tier1(config)
     command = [sys.executable, "-m", "flytekit.clis.sdk_in_container.pyflyte", "run", f"workflows/{name}.py", name]
     command += ["--config", str(config.resolve()), *arguments]
-    finished = subprocess.run(command, cwd=ROOT, input=None if answer is None else answer + "\n", text=True, check=False)
+    finished = subprocess.run(
+        command, cwd=ROOT, input=None if answer is None else answer + "\n", text=True, check=False
+    )
     if finished.returncode != 0:
-        raise FednestedError(f"workflow {name} ended with exit code {finished.returncode}: its last lines above say why; the chain is intact")
+        raise FednestedError(
+            f"workflow {name} ended with exit code {finished.returncode}: its last lines above say why; the chain is intact"
+        )
 
 
 @app.command("init-config")
-def init_config(directory: Path = typer.Option(Path("."), "--dir", help="Where to write; nothing is overwritten.")) -> None:
+def init_config(
+    directory: Path = typer.Option(Path("."), "--dir", help="Where to write; nothing is overwritten."),
+) -> None:
     """Write tier1.yaml, policy.yaml and keys."""
     from tier1.workspace import create_workspace
 
     path = create_workspace(directory, datasets={"text": "data/train.jsonl"}, suites={"text": "data/heldout.jsonl"})
-    typer.echo(f"wrote {path}: put your data at the paths under core.datasets and evaluation.suites, register devices under devices")
+    typer.echo(
+        f"wrote {path}: put your data at the paths under core.datasets and evaluation.suites, register devices under devices"
+    )
 
 
 @app.command("core-update")
@@ -72,7 +80,9 @@ def evaluate(config: Path = CONFIG) -> None:
 @app.command("promote")
 def promote(
     config: Path = CONFIG,
-    decision: str = typer.Option(None, help="approve or reject; asked for on the terminal if absent (local profile only)"),
+    decision: str = typer.Option(
+        None, help="approve or reject; asked for on the terminal if absent (local profile only)"
+    ),
     key: Path = typer.Option(None, help="approver's key: the decision is sent as a signed token"),
     reason: str = typer.Option("", help="why; one line"),
 ) -> None:
@@ -175,8 +185,17 @@ def _token(fed, version: int, verdict: str, key: Path, reason: str) -> str:
     signer = Signer.load(key)
     approver = fed.config.governance.approvers.get(signer.public_key)
     if approver is None:
-        raise ConfigError(f"key {key} ({signer.public_key[:12]}…) is no registered approver: add it under governance.approvers")
-    return issue(signer, verdict=verdict, manifest_digest=manifest_of(fed, version), approver=approver, issued_at=int(time.time()), reason=reason)
+        raise ConfigError(
+            f"key {key} ({signer.public_key[:12]}…) is no registered approver: add it under governance.approvers"
+        )
+    return issue(
+        signer,
+        verdict=verdict,
+        manifest_digest=manifest_of(fed, version),
+        approver=approver,
+        issued_at=int(time.time()),
+        reason=reason,
+    )
 
 
 @approvals.command("list")

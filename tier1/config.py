@@ -112,7 +112,9 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
     config = load_yaml(path, Tier1Config, command=COMMAND)
     base = Path(path).resolve().parent
     core = config.core.model_copy(update={"datasets": {k: base / v for k, v in config.core.datasets.items()}})
-    evaluation = config.evaluation.model_copy(update={"suites": {k: base / v for k, v in config.evaluation.suites.items()}})
+    evaluation = config.evaluation.model_copy(
+        update={"suites": {k: base / v for k, v in config.evaluation.suites.items()}}
+    )
     registry_uri = config.registry.uri
     if registry_uri != "file":
         registry_uri = resolve_uri(registry_uri, base)

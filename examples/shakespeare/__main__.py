@@ -34,7 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _quiet()
     try:
-        report = run(Path(options.out), options.data and Path(options.data), DemoSettings(seed=options.seed), baseline=not options.no_baseline)
+        report = run(
+            Path(options.out),
+            options.data and Path(options.data),
+            DemoSettings(seed=options.seed),
+            baseline=not options.no_baseline,
+        )
     except FednestedError as error:
         if options.debug:
             raise
@@ -160,21 +165,35 @@ def _nested_round(config: Path, approver: Approver) -> None:
 
     with answer_gates(approver):
         result = nested_round(config=str(config))
-    print(f"   {result.outcome.verdict}: champion is version {result.outcome.champion}; devices can fetch version {result.published.version}")
+    print(
+        f"   {result.outcome.verdict}: champion is version {result.outcome.champion}; devices can fetch version {result.published.version}"
+    )
 
 
 class _late_core_update:
     """A core update in a process of its own, started with round 1 and folded by nobody until the rounds are over."""
 
     def __init__(self, config: Path, run_dir: Path):
-        self._command = [sys.executable, "-m", "flytekit.clis.sdk_in_container.pyflyte", "run", "workflows/core_update.py", "core_update"]
+        self._command = [
+            sys.executable,
+            "-m",
+            "flytekit.clis.sdk_in_container.pyflyte",
+            "run",
+            "workflows/core_update.py",
+            "core_update",
+        ]
         self._command += ["--config", str(config), "--run", "late"]
         self._log = run_dir / "late_core_update.log"
 
     def __enter__(self) -> _late_core_update:
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                ["nice", "-n", "5", *self._command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=os.environ
+                ["nice", "-n", "5", *self._command],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ,
             )
         return self
 
@@ -200,7 +219,9 @@ def _end_of_federation(config: Path) -> None:
 
     fed = open_federation(config)
     event = FederationEnd()
-    fed.log.append("control.federation_rounds", key=b"end", value=event.to_bytes(), headers=sign_event(event, fed.signer))
+    fed.log.append(
+        "control.federation_rounds", key=b"end", value=event.to_bytes(), headers=sign_event(event, fed.signer)
+    )
     fed.close()
 
 
@@ -254,7 +275,15 @@ def _gap(config: Path, corpus: Corpus, settings: DemoSettings, last: int) -> dic
 
 
 def _report(
-    config: Path, corpus: Corpus, settings: DemoSettings, timings: Timings, gap: dict[str, float], facts: dict[str, str], *, first: int, last: int
+    config: Path,
+    corpus: Corpus,
+    settings: DemoSettings,
+    timings: Timings,
+    gap: dict[str, float],
+    facts: dict[str, str],
+    *,
+    first: int,
+    last: int,
 ) -> DemoReport:
     from tier1.loops.evaluate_and_promote import measure
     from tier1.versions.audit import audit
@@ -285,7 +314,9 @@ def _report(
     newest = state.champion.version
     bits = {name: (results[first][name].bits_per_byte, results[newest][name].bits_per_byte) for name in results[newest]}
     report = DemoReport(
-        title="fednested: a nested federation over Shakespeare" if "hamlet" in corpus.devices else "fednested: a nested federation",
+        title="fednested: a nested federation over Shakespeare"
+        if "hamlet" in corpus.devices
+        else "fednested: a nested federation",
         versions=rows,
         contributors=contributors,
         device_suites=suites,

@@ -40,18 +40,28 @@ def centralised_loss(
     model = build_model(manifest, store, experts="fednested_lora")
     adapters = attach(model, AdapterSpec(rank=rank, alpha=alpha), None, seed)
     train_adapters(model, adapters, rows, steps=steps, batch_size=batch_size, learning_rate=rate, seed=seed)
-    suites = {name: pack_suite(path, tokenizer_bytes, seq_len=seq_len, max_tokens=max_tokens) for name, path in heldout.items()}
+    suites = {
+        name: pack_suite(path, tokenizer_bytes, seq_len=seq_len, max_tokens=max_tokens)
+        for name, path in heldout.items()
+    }
     return {name: measure(model, suite).nats_per_token for name, suite in suites.items()}
 
 
-def run_all(arguments: Mapping, rates: Sequence[float] = LEARNING_RATES, *, parallel: int = 2) -> dict[float, dict[str, float]]:
+def run_all(
+    arguments: Mapping, rates: Sequence[float] = LEARNING_RATES, *, parallel: int = 2
+) -> dict[float, dict[str, float]]:
     """Run one process per learning rate, `parallel` at a time; returns rate → suite → loss."""
     waiting, running, results = list(rates), {}, {}
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 rate = waiting.pop(0)
-                command = [sys.executable, "-m", "examples.shakespeare.baseline", json.dumps({**arguments, "rate": rate})]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "examples.shakespeare.baseline",
+                    json.dumps({**arguments, "rate": rate}),
+                ]
                 running[rate] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             rate, process = next(iter(running.items()))
             output, _ = process.communicate()

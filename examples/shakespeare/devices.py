@@ -28,7 +28,16 @@ def make_keys(directory: Path, clients: list[str]) -> dict[str, str]:
 
 
 def write_config(
-    directory: Path, client: str, *, data: Path, heldout: Path, home: Path, bootstrap: str, control_key: str, pace_s: float, settings: DemoSettings
+    directory: Path,
+    client: str,
+    *,
+    data: Path,
+    heldout: Path,
+    home: Path,
+    bootstrap: str,
+    control_key: str,
+    pace_s: float,
+    settings: DemoSettings,
 ) -> Path:
     """Write the tier2.yaml of one device."""
     document = {
@@ -68,7 +77,21 @@ class Fleet:
         for client, config in self._configs.items():
             with open(config.parent / "device.log", "wb") as log:
                 self.processes[client] = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), "10", sys.executable, "-m", "fednested_lib.cli", "tier2", "run-client", "--config", str(config)],
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        str(_GUARD),
+                        str(os.getpid()),
+                        "10",
+                        sys.executable,
+                        "-m",
+                        "fednested_lib.cli",
+                        "tier2",
+                        "run-client",
+                        "--config",
+                        str(config),
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -96,8 +119,12 @@ class Fleet:
         """
         for client, process in self.processes.items():
             if process.poll() not in (None, 0):
-                tail = (self._configs[client].parent / "device.log").read_text(errors="replace").strip().splitlines()[-1:]
-                raise FednestedError(f"device {client} ended with code {process.returncode}: {' '.join(tail) or 'no output'}")
+                tail = (
+                    (self._configs[client].parent / "device.log").read_text(errors="replace").strip().splitlines()[-1:]
+                )
+                raise FednestedError(
+                    f"device {client} ended with code {process.returncode}: {' '.join(tail) or 'no output'}"
+                )
 
     def wait(self, timeout_s: float) -> None:
         """Wait until every device has stopped by itself."""

@@ -70,7 +70,9 @@ def terminal_table(report: DemoReport) -> str:
 
 def _domain_lines(report: DemoReport) -> list[str]:
     first, last = _first_and_last(report)
-    lines = [f"{'domain':<34} {'before':>8} {'after':>8} {'change':>8}   nats/token, held-out lines (v{first.version} → v{last.version})"]
+    lines = [
+        f"{'domain':<34} {'before':>8} {'after':>8} {'change':>8}   nats/token, held-out lines (v{first.version} → v{last.version})"
+    ]
     for suite in sorted(last.losses):
         before, after = first.losses[suite], last.losses[suite]
         lines.append(f"{suite:<34} {before:>8.4f} {after:>8.4f} {after - before:>+8.4f}")
@@ -93,22 +95,34 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
         across = left + (x - x_low) / (x_high - x_low) * (width - left - right)
         return across, top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)}" style="width:100%;max-width:{width}px">']
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)}" style="width:100%;max-width:{width}px">'
+    ]
     for step in range(5):
         value = y_low + (y_high - y_low) * step / 4
         _, y = place(x_low, value)
-        parts.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="#e2e8f0"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{value:.3f}</text>')
+        parts.append(
+            f'<path d="M{left} {y:.1f}H{width - right}" stroke="#e2e8f0"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{value:.3f}</text>'
+        )
     for x in sorted({point[0] for point in points}):
         across, _ = place(x, y_low)
-        parts.append(f'<text x="{across:.1f}" y="{height - bottom + 18}" text-anchor="middle" font-size="11">{x:g}</text>')
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle" font-size="12">{html.escape(x_label)}</text>')
+        parts.append(
+            f'<text x="{across:.1f}" y="{height - bottom + 18}" text-anchor="middle" font-size="11">{x:g}</text>'
+        )
+    parts.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle" font-size="12">{html.escape(x_label)}</text>'
+    )
     for index, (name, line) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*point) for point in line))
-        marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in (place(*point) for point in line))
+        marks = "".join(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in (place(*point) for point in line)
+        )
         y = top + 14 + 18 * index
         parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>{marks}')
-        parts.append(f'<rect x="{width - right + 14}" y="{y - 9}" width="10" height="10" fill="{colour}"/><text x="{width - right + 30}" y="{y}" font-size="11">{html.escape(name[:26])}</text>')
+        parts.append(
+            f'<rect x="{width - right + 14}" y="{y - 9}" width="10" height="10" fill="{colour}"/><text x="{width - right + 30}" y="{y}" font-size="11">{html.escape(name[:26])}</text>'
+        )
     return "".join([*parts, "</svg>"])
 
 
@@ -147,9 +161,14 @@ def render_html(report: DemoReport) -> str:
          "{:.3f} → {:.3f}".format(*report.bits_per_byte[suite]) if suite in report.bits_per_byte else "–"]
         for suite in sorted(last.losses)
     ]  # fmt: skip
-    contributors = [[f"v{v}", html.escape(client), str(sequence), str(staleness), f"{weight:.4f}"] for v, client, sequence, staleness, weight in report.contributors]
+    contributors = [
+        [f"v{v}", html.escape(client), str(sequence), str(staleness), f"{weight:.4f}"]
+        for v, client, sequence, staleness, weight in report.contributors
+    ]
     gap = [[html.escape(name), f"{value:.4f}"] for name, value in report.gap.items()]
-    timings = [[html.escape(part), f"{seconds:.1f}", f"{mib:.0f}" if mib else "–"] for part, seconds, mib in report.timings]
+    timings = [
+        [html.escape(part), f"{seconds:.1f}", f"{mib:.0f}" if mib else "–"] for part, seconds, mib in report.timings
+    ]
     facts = [[html.escape(name), f"<code>{html.escape(value)}</code>"] for name, value in report.facts.items()]
     return "\n".join(
         [

@@ -54,16 +54,29 @@ def clear(directory: Path) -> Path:
     return directory
 
 
-def write_tier1(run: Path, corpus: Corpus, settings: DemoSettings, *, bootstrap: str, registry: str) -> tuple[Path, Path]:
+def write_tier1(
+    run: Path, corpus: Corpus, settings: DemoSettings, *, bootstrap: str, registry: str
+) -> tuple[Path, Path]:
     """Write tier1.yaml, and late.yaml for the core update that runs beside the rounds; returns both paths."""
     keys = make_keys(run / "devices", sorted(corpus.devices))
-    core = {"steps": settings.bootstrap_steps, "batch_size": settings.bootstrap_batch, "learning_rate": settings.bootstrap_rate, "seq_len": settings.seq_len, "seed": settings.seed, "threads": settings.threads}
+    core = {
+        "steps": settings.bootstrap_steps,
+        "batch_size": settings.bootstrap_batch,
+        "learning_rate": settings.bootstrap_rate,
+        "seq_len": settings.seq_len,
+        "seed": settings.seed,
+        "threads": settings.threads,
+    }
     sections = {
         "log": {"bootstrap": bootstrap},
         "model": {"seed": settings.seed},
         "core": core,
         "window": {"min_updates": min(settings.window, len(corpus.devices)), "max_wait_s": settings.max_wait_s},
-        "evaluation": {"max_regression": settings.max_regression, "max_tokens": settings.suite_tokens, "seq_len": settings.seq_len},
+        "evaluation": {
+            "max_regression": settings.max_regression,
+            "max_tokens": settings.suite_tokens,
+            "seq_len": settings.seq_len,
+        },
         "registry": {"uri": registry},
     }
     places = {
@@ -114,4 +127,11 @@ class Approver:
         version, manifest = waiting[-1]
         print(f"   secops approves version {version} (manifest {manifest[:12]}) with a signed token")
         name = fed.config.governance.approvers[self._signer.public_key]
-        return issue(self._signer, verdict="approve", manifest_digest=manifest, approver=name, issued_at=int(time.time()), reason="demo")
+        return issue(
+            self._signer,
+            verdict="approve",
+            manifest_digest=manifest,
+            approver=name,
+            issued_at=int(time.time()),
+            reason="demo",
+        )

@@ -142,7 +142,9 @@ def main() -> None:
     reference = copy_of(base, "reference")
     assert in_process(lambda: fast_round(reference)) == 0
     results["reference"] = outcome_in_process(reference)
-    results["failpoints"] = {name: kill_and_recover(base, name) for name in FAILPOINTS if not name.startswith("quarantine")}
+    results["failpoints"] = {
+        name: kill_and_recover(base, name) for name in FAILPOINTS if not name.startswith("quarantine")
+    }
     results["failpoints"]["quarantine.after_publish"] = quarantined
     began = time.monotonic()
     timing = copy_of(base, "timing")
@@ -212,7 +214,11 @@ def race(base: Path) -> dict:
     ready.touch()
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     fed = open_federation(run)
-    tries = [[one.outcome for one in sealed.entry.body.tries] for sealed in fed.chain.entries() if sealed.entry.body.kind == "version"]
+    tries = [
+        [one.outcome for one in sealed.entry.body.tries]
+        for sealed in fed.chain.entries()
+        if sealed.entry.body.kind == "version"
+    ]
     return {"codes": codes, "tries": tries[1:], "versions": len(fed.chain.state().versions)}
 
 

@@ -1,6 +1,6 @@
 """The fast loop, step by step: take a cut of the update log, verify, weigh, fold.
 
-    W_experts ← W_experts + η_T2·ΔW_agg
+W_experts ← W_experts + η_T2·ΔW_agg
 """
 
 from __future__ import annotations
@@ -57,8 +57,12 @@ def fold_updates(fed: Federation, cut: CutRef) -> CandidateRef:
     candidate = fold_cut(fed, _load_cut(cut))
     digest = save_candidate(fed.home, candidate)
     n_accepted, n_refused = len(candidate.accepted), len(candidate.refused)
-    log.info("aggregate.folded", candidate=digest, head=candidate.parent_version, accepted=n_accepted, refused=n_refused)
-    return CandidateRef(digest=digest, parent_version=candidate.parent_version, n_accepted=n_accepted, n_refused=n_refused)
+    log.info(
+        "aggregate.folded", candidate=digest, head=candidate.parent_version, accepted=n_accepted, refused=n_refused
+    )
+    return CandidateRef(
+        digest=digest, parent_version=candidate.parent_version, n_accepted=n_accepted, n_refused=n_refused
+    )
 
 
 def fold_cut(fed: Federation, cut: Cut) -> Candidate:
@@ -106,7 +110,10 @@ def record_fold(fed: Federation, cut: Cut, decision_id: str) -> list[str]:
                 platform="kafka",
                 name=cut.topic,
                 digest=cut.records_digest,
-                detail={"log": cut.log_id, **{f"partition {p}": f"[{start}, {end})" for p, (start, end) in cut.ranges.items()}},
+                detail={
+                    "log": cut.log_id,
+                    **{f"partition {p}": f"[{start}, {end})" for p, (start, end) in cut.ranges.items()},
+                },
             )
         ],
         access_decisions=[decision_id],

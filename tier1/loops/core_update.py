@@ -94,17 +94,34 @@ def _train(fed: Federation, data: PackedData, run_id: str, base_version: int | N
 
     state, core = fed.chain.state(), fed.config.core
     if base_version is not None and base_version not in state.versions:
-        raise ChainError(f"base version must be 0..{max(state.versions)}, got {base_version}: see `fednested tier1 status`")
+        raise ChainError(
+            f"base version must be 0..{max(state.versions)}, got {base_version}: see `fednested tier1 status`"
+        )
     base = state.head if base_version is None else state.versions[base_version]
     settings = TrainSettings(
-        steps=core.steps, batch_size=core.batch_size, learning_rate=core.learning_rate, seed=core.seed, threads=core.threads
+        steps=core.steps,
+        batch_size=core.batch_size,
+        learning_rate=core.learning_rate,
+        seed=core.seed,
+        threads=core.threads,
     )
     packed = PackedDataset(
-        path=Path(data.path), digest=data.digest, n_rows=data.n_rows, n_tokens=data.n_tokens, n_bytes=0, n_set_aside=data.n_set_aside
+        path=Path(data.path),
+        digest=data.digest,
+        n_rows=data.n_rows,
+        n_tokens=data.n_tokens,
+        n_bytes=0,
+        n_set_aside=data.n_set_aside,
     )
     with progress(core.steps, f"core update from v{base.version}") as on_step:
         delta = train_core_update(base.snapshot, fed.blobs, packed, settings, fed.payloads, on_step=on_step)
-    log.info("core_update.trained", run=run_id, base=base.version, loss_first=delta.report.loss_first, loss_last=delta.report.loss_last)
+    log.info(
+        "core_update.trained",
+        run=run_id,
+        base=base.version,
+        loss_first=delta.report.loss_first,
+        loss_last=delta.report.loss_last,
+    )
     return make_dense(
         fed.signer,
         run_id=run_id,
@@ -129,7 +146,12 @@ def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[s
         principal=update.trainer,
         inputs=[Source(platform="file", name=name, digest=update.dataset_digest) for name in sorted(core.datasets)],
         outputs=[Source(platform="kafka", name=TOPIC, digest=update.update_id)],
-        parameters={"steps": core.steps, "batch_size": core.batch_size, "learning_rate": core.learning_rate, "seed": core.seed},
+        parameters={
+            "steps": core.steps,
+            "batch_size": core.batch_size,
+            "learning_rate": core.learning_rate,
+            "seed": core.seed,
+        },
         metrics={"tokens": float(update.tokens)},
         started_ms=started_ms,
         finished_ms=_now_ms(),

@@ -31,7 +31,14 @@ from tier1.versions.manifest import Candidate, Decision, GateRecord, Rates, Suit
 from tier1.versions.state import ChainState, Sealed, VersionView, continues
 
 log = structlog.get_logger()
-NOTHING = Settled(status="nothing", version=-1, manifest="", candidate="", tries=0, reason="no candidate waits: nothing was folded since the last one")
+NOTHING = Settled(
+    status="nothing",
+    version=-1,
+    manifest="",
+    candidate="",
+    tries=0,
+    reason="no candidate waits: nothing was folded since the last one",
+)
 
 
 def newest_candidate(fed: Federation) -> CandidateRef:
@@ -63,7 +70,9 @@ def settle_candidate(fed: Federation, candidate: CandidateRef) -> Settled:
     ref = candidate if candidate.digest else newest_candidate(fed)
     if not ref.digest:
         waiting = waiting_versions(fed)
-        return _settled(fed, fed.chain.entries()[fed.chain.state().versions[waiting[-1][0]].seq]) if waiting else NOTHING
+        return (
+            _settled(fed, fed.chain.entries()[fed.chain.state().versions[waiting[-1][0]].seq]) if waiting else NOTHING
+        )
     settlement = _settle(fed, load_candidate(fed.home, ref.digest))
     if settlement is None:
         return NOTHING
@@ -84,7 +93,9 @@ def _settle(fed: Federation, candidate: Candidate) -> Sealed | None:
         save=partial(save_candidate, fed.home),
         max_tries=fed.config.evaluation.max_tries,
     )
-    log.info("candidate.settled", outcome=settlement.outcome, seq=settlement.sealed.entry.seq if settlement.sealed else None)
+    log.info(
+        "candidate.settled", outcome=settlement.outcome, seq=settlement.sealed.entry.seq if settlement.sealed else None
+    )
     return settlement.sealed
 
 
@@ -108,10 +119,18 @@ def gate_candidate(fed: Federation, candidate: Candidate) -> GateRecord:
 
     parent = fed.chain.state().versions[candidate.parent_version]
     after = SnapshotManifest(
-        version=candidate.parent_version, family=candidate.family, model_config=candidate.model, tokenizer=candidate.tokenizer, blobs=candidate.blobs
+        version=candidate.parent_version,
+        family=candidate.family,
+        model_config=candidate.model,
+        tokenizer=candidate.tokenizer,
+        blobs=candidate.blobs,
     )
-    report = judge(measure(fed, parent.snapshot), measure(fed, after), max_regression=fed.config.evaluation.max_regression)
-    rows = [SuiteChange(suite=r.suite, before=r.before, after=r.after, bound=r.bound, passed=r.passed) for r in report.rows]
+    report = judge(
+        measure(fed, parent.snapshot), measure(fed, after), max_regression=fed.config.evaluation.max_regression
+    )
+    rows = [
+        SuiteChange(suite=r.suite, before=r.before, after=r.after, bound=r.bound, passed=r.passed) for r in report.rows
+    ]
     return GateRecord(candidate=candidate.digest(), passed=report.passed, reason=report.reason, rows=rows)
 
 
@@ -123,7 +142,12 @@ def measure(fed: Federation, snapshot) -> dict[str, SuiteResult]:
     registry = SuiteRegistry(fed.home / "suites")
     registry.register(settings.suites)
     return measure_snapshot(
-        snapshot, registry.suites(), fed.blobs, seq_len=settings.seq_len, max_tokens=settings.max_tokens, reports=fed.home / "reports"
+        snapshot,
+        registry.suites(),
+        fed.blobs,
+        seq_len=settings.seq_len,
+        max_tokens=settings.max_tokens,
+        reports=fed.home / "reports",
     )
 
 
@@ -170,7 +194,10 @@ def decide(fed: Federation, settled: Settled, answer: str, channel: str) -> Outc
     if channel == "flag" and fed.config.profile != "local":
         raise GovernanceError("channel flag is for profile: local: answer the gate with a decision token")
     decision = parse_decision(
-        answer, fed.config.governance.approvers, manifest_digest=settled.manifest, channel="flag" if channel == "flag" else "console"
+        answer,
+        fed.config.governance.approvers,
+        manifest_digest=settled.manifest,
+        channel="flag" if channel == "flag" else "console",
     )
     done = _decided_already(fed, settled, decision)
     if done is not None:
@@ -207,7 +234,10 @@ def _approve(fed: Federation, settled: Settled, decision: DecisionInput) -> Outc
     from tier1.governance.promotion import require_promotable
 
     request = AccessRequest(
-        principal=decision.approver, action="promote", resource=fed.model_resource, context={"identity": decision.identity}
+        principal=decision.approver,
+        action="promote",
+        resource=fed.model_resource,
+        context={"identity": decision.identity},
     )
     access = fed.authorizer.decide(request)
     require_promotable(promotion_evidence(fed, settled.version, decision, access))
@@ -251,7 +281,9 @@ def _append_decision(fed: Federation, settled: Settled, decision: DecisionInput,
     lineage = record_promotion(fed, settled.version, decision, access)
     while True:
         state = fed.chain.state()
-        refolded = [view.digest for view in state.successors(settled.version)[1:]] if decision.verdict == "reject" else []
+        refolded = (
+            [view.digest for view in state.successors(settled.version)[1:]] if decision.verdict == "reject" else []
+        )
         body = Decision(
             verdict=decision.verdict,
             version=settled.version,
@@ -271,18 +303,33 @@ def _append_decision(fed: Federation, settled: Settled, decision: DecisionInput,
             failpoint("decide.after_append")
             return
         except ChainConflict:
-            log.info("decision.lost_race", version=settled.version)  # the decision is about the version, not the head: say it again
+            log.info(
+                "decision.lost_race", version=settled.version
+            )  # the decision is about the version, not the head: say it again
 
 
 def _reject(fed: Federation, settled: Settled, decision: DecisionInput) -> Outcome:
     request = AccessRequest(
-        principal=decision.approver, action="promote", resource=fed.model_resource, context={"identity": decision.identity}
+        principal=decision.approver,
+        action="promote",
+        resource=fed.model_resource,
+        context={"identity": decision.identity},
     )
     access = fed.authorizer.decide(request)
     if not access.allowed:
-        return _outcome(fed, "blocked", settled.version, f"policy: {decision.approver} may not decide on {fed.model_resource}: {access.reason}")
+        return _outcome(
+            fed,
+            "blocked",
+            settled.version,
+            f"policy: {decision.approver} may not decide on {fed.model_resource}: {access.reason}",
+        )
     if not decision.verified and not fed.config.governance.allow_unverified:
-        return _outcome(fed, "blocked", settled.version, "identity: unverified and governance.allow_unverified is false: reject with a signed token")
+        return _outcome(
+            fed,
+            "blocked",
+            settled.version,
+            "identity: unverified and governance.allow_unverified is false: reject with a signed token",
+        )
     _append_decision(fed, settled, decision, access)
     log.info("version.rejected", version=settled.version, approver=decision.approver)
     sync_views(fed)
@@ -309,7 +356,10 @@ def refold_pending(fed: Federation) -> list[int]:
 
 def _reference(digest: str, candidate: Candidate) -> CandidateRef:
     return CandidateRef(
-        digest=digest, parent_version=candidate.parent_version, n_accepted=len(candidate.accepted), n_refused=len(candidate.refused)
+        digest=digest,
+        parent_version=candidate.parent_version,
+        n_accepted=len(candidate.accepted),
+        n_refused=len(candidate.refused),
     )
 
 

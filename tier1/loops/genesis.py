@@ -42,9 +42,15 @@ def _genesis(fed: Federation) -> Genesis:
     from tier1.training.tokenizer import train_tokenizer
 
     settings = fed.config.model
-    texts = (text for name in sorted(fed.config.core.datasets) for text in read_texts(fed.config.core.datasets[name])[0])
+    texts = (
+        text for name in sorted(fed.config.core.datasets) for text in read_texts(fed.config.core.datasets[name])[0]
+    )
     tokenizer = fed.blobs.put(train_tokenizer(texts, settings.vocab_size))
-    shape = {**(TINY_MIXTRAL if settings.family == "mixtral" else {}), **settings.config, "vocab_size": settings.vocab_size}
+    shape = {
+        **(TINY_MIXTRAL if settings.family == "mixtral" else {}),
+        **settings.config,
+        "vocab_size": settings.vocab_size,
+    }
     model = initial_model(settings.family, shape, settings.seed)
     blobs = write_state_dict(model.state_dict(), settings.family, fed.blobs)
     log.info("genesis.made", family=settings.family, parameters=model.num_parameters(), blobs=len(blobs))

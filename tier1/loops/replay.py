@@ -37,8 +37,14 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
         for result in results:
             line = f"version {result.version}: {result.verdict}, {result.n_blobs} blobs, {result.n_folded} of them made by this version"
             if result.verdict == "differs":
-                raise ChainCorrupt(f"{line}; first difference at {result.where}: the manifest or the code is not the one that made it")
-            yield line if result.largest_difference is None else f"{line}, largest difference {result.largest_difference:.2e}"
+                raise ChainCorrupt(
+                    f"{line}; first difference at {result.where}: the manifest or the code is not the one that made it"
+                )
+            yield (
+                line
+                if result.largest_difference is None
+                else f"{line}, largest difference {result.largest_difference:.2e}"
+            )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -45,9 +45,14 @@ def contributors_html(fed: Federation, made: Settled | CandidateRef) -> str:
         f"<td>{row.norm:.3f}</td><td>{row.clip:.3f}</td><td>{row.weight:.4f}</td><td>{row.payload_bytes}</td></tr>"
         for row in candidate.accepted[:MAX_ROWS]
     )
-    refused = "".join(f"<tr><td>{row.partition}@{row.offset}</td><td>{escape(row.client_id or '?')}</td><td>{escape(row.reason)}</td><td>{escape(row.detail)}</td></tr>" for row in candidate.refused[:MAX_ROWS])
+    refused = "".join(
+        f"<tr><td>{row.partition}@{row.offset}</td><td>{escape(row.client_id or '?')}</td><td>{escape(row.reason)}</td><td>{escape(row.detail)}</td></tr>"
+        for row in candidate.refused[:MAX_ROWS]
+    )
     head = "<tr><th>client</th><th>sequence</th><th>base</th><th>staleness</th><th>tokens</th><th>norm</th><th>clip</th><th>weight</th><th>bytes</th></tr>"
-    text = f"<h3>{len(candidate.accepted)} accepted, {len(candidate.refused)} refused</h3><table>{head}{accepted}</table>"
+    text = (
+        f"<h3>{len(candidate.accepted)} accepted, {len(candidate.refused)} refused</h3><table>{head}{accepted}</table>"
+    )
     if refused:
         text += f"<table><tr><th>record</th><th>client</th><th>reason</th><th>detail</th></tr>{refused}</table>"
     return text
@@ -75,11 +80,16 @@ def _candidate(fed: Federation, made: Settled | CandidateRef) -> Candidate | Non
         return load_candidate(fed.home, digest)
     except ChainError:
         bodies = (sealed.entry.body for sealed in fed.chain.entries())
-        return next((body.candidate for body in bodies if isinstance(body, Version) and body.candidate.digest() == digest), None)
+        return next(
+            (body.candidate for body in bodies if isinstance(body, Version) and body.candidate.digest() == digest), None
+        )
 
 
 def _try_text(tries: list[Try]) -> str:
-    steps = [f"η_core {t.rates.eta_core:g}, η_T1 {t.rates.eta_t1:g}, η_T2 {t.rates.eta_t2:g}: {t.outcome.replace('_', ' ')}" for t in tries]
+    steps = [
+        f"η_core {t.rates.eta_core:g}, η_T1 {t.rates.eta_t1:g}, η_T2 {t.rates.eta_t2:g}: {t.outcome.replace('_', ' ')}"
+        for t in tries
+    ]
     return "Tries: " + "; ".join(steps)
 
 

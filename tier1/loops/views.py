@@ -84,7 +84,9 @@ def _record_versions(fed: Federation, entries: list[Sealed]) -> None:
     from tier1.loops.evaluate_and_promote import losses_of
 
     state = fed.chain.state()
-    missing = [s for s in entries if isinstance(s.entry.body, Version) and not fed.lineage.has(manifest_digest=s.digest)]
+    missing = [
+        s for s in entries if isinstance(s.entry.body, Version) and not fed.lineage.has(manifest_digest=s.digest)
+    ]
     registered = {entry.manifest_digest: entry for entry in fed.registry.versions()} if missing else {}
     for sealed in missing:
         body = sealed.entry.body
@@ -124,7 +126,6 @@ def record_promotion(fed: Federation, number: int, decision: DecisionInput, acce
         decided_ms=_now_ms(),
     )
     return fed.lineage.record(event)
-
 
 
 def _registered(fed: Federation, manifest: str) -> tuple[Registered | None, Registered | None]:
