@@ -1,8 +1,8 @@
 """`make demo`: the whole nested federation on this machine, on real text.
 
-One genre of Shakespeare bootstraps tier 1; seven speakers of the other genres are devices, each a process of its own that
-never shows its text. Three nested rounds, a core update that ends after two of them, a proof that every version can be
-rebuilt from the log, and a report.
+One genre of Shakespeare bootstraps tier 1; seven speakers of the other genres are devices, each a process of its own
+that never shows its text. Three nested rounds, a core update that ends after two of them, a proof that every version
+can be rebuilt from the log, and a report.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def _nested_round(config: Path, approver: Approver) -> None:
     with answer_gates(approver):
         result = nested_round(config=str(config))
     print(
-        f"   {result.outcome.verdict}: champion is version {result.outcome.champion}; devices can fetch version {result.published.version}"
+        f"   {result.outcome.verdict}: champion is version {result.outcome.champion}; "
+        f"devices can fetch version {result.published.version}"
     )
 
 
@@ -174,15 +175,8 @@ class _late_core_update:
     """A core update in a process of its own, started with round 1 and folded by nobody until the rounds are over."""
 
     def __init__(self, config: Path, run_dir: Path):
-        self._command = [
-            sys.executable,
-            "-m",
-            "flytekit.clis.sdk_in_container.pyflyte",
-            "run",
-            "workflows/core_update.py",
-            "core_update",
-        ]
-        self._command += ["--config", str(config), "--run", "late"]
+        self._command = [sys.executable, "-m", "flytekit.clis.sdk_in_container.pyflyte", "run"]
+        self._command += ["workflows/core_update.py", "core_update", "--config", str(config), "--run", "late"]
         self._log = run_dir / "late_core_update.log"
 
     def __enter__(self) -> _late_core_update:
@@ -313,10 +307,9 @@ def _report(
     suites = [f"device-{client}" for client in sorted(corpus.devices)]
     newest = state.champion.version
     bits = {name: (results[first][name].bits_per_byte, results[newest][name].bits_per_byte) for name in results[newest]}
+    title = "fednested: a nested federation"
     report = DemoReport(
-        title="fednested: a nested federation over Shakespeare"
-        if "hamlet" in corpus.devices
-        else "fednested: a nested federation",
+        title=f"{title} over Shakespeare" if "hamlet" in corpus.devices else title,
         versions=rows,
         contributors=contributors,
         device_suites=suites,
