@@ -60,7 +60,7 @@ class ExportPolicyConfig(Section):
     """What may leave: distinct-token floor per expert as a multiple of the rank, norm bound, encoding."""
 
     min_tokens_per_rank: int = Field(default=4, ge=1, le=1000)
-    max_norm: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    max_norm: float = Field(default=50.0, gt=0, allow_inf_nan=False)
     encoding: Literal["int8", "fp16", "fp32"] = "int8"
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
 
@@ -179,5 +179,5 @@ control:
   public_key: ""            # 64 hex digits: tier 1's public key (identity.pub); events of others are ignored
 adapters: {{rank: 8, alpha: 16.0, experts: null}}
 training: {{steps: 20, batch_size: 4, seq_len: 96, learning_rate: 0.004}}
-policy: {{min_tokens_per_rank: 4, max_norm: 10.0, encoding: int8}}
+policy: {{min_tokens_per_rank: 4, max_norm: 50.0, encoding: int8}}
 """

@@ -35,16 +35,17 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
             devices=fed.config.devices,
         )
         for result in results:
-            line = f"version {result.version}: {result.verdict}, {result.n_blobs} blobs, {result.n_folded} of them made by this version"
+            line = (
+                f"version {result.version}: {result.verdict}, "
+                f"{result.n_blobs} blobs, {result.n_folded} of them made by this version"
+            )
             if result.verdict == "differs":
                 raise ChainCorrupt(
                     f"{line}; first difference at {result.where}: the manifest or the code is not the one that made it"
                 )
-            yield (
-                line
-                if result.largest_difference is None
-                else f"{line}, largest difference {result.largest_difference:.2e}"
-            )
+            if result.largest_difference is not None:
+                line = f"{line}, largest difference {result.largest_difference:.2e}"
+            yield line
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -75,7 +76,7 @@ def verify_all(fed: Federation) -> Iterator[str]:
     """
     yield f"chain: {len(fed.chain.entries())} entries, signatures and links hold"
     yield from _check_end(fed)
-    yield f"archive: {verify_archive(fed.chain, fed.payloads)} accepted updates, envelopes and payloads hold"
+    yield f"archive: {verify_archive(fed.chain, fed.payloads)} archived inputs (envelopes, payloads, delta slices) hold"
     checks = verify_log(fed.chain, fed.log)
     same = sum(check.status == "same" for check in checks)
     yield f"log: {same} of {len(checks)} cuts are still there and unchanged, {len(checks) - same} expired"
@@ -101,7 +102,8 @@ def _audit_line(row: AuditRow) -> str:
     if row.kind == "dense":
         return f"  dense     {row.source}  {row.who}  base v{row.base_version}  tokens {row.tokens}"
     return (
-        f"  accepted  {row.source}  {row.who} #{row.sequence}  base v{row.base_version}  staleness {row.staleness}  tokens {row.tokens}  "
+        f"  accepted  {row.source}  {row.who} #{row.sequence}  "
+        f"base v{row.base_version}  staleness {row.staleness}  tokens {row.tokens}  "
         f"norm {row.norm:.4f}  clip {row.clip:.3f}  weight {row.weight:.5f}"
     )
 
@@ -109,10 +111,14 @@ def _audit_line(row: AuditRow) -> str:
 def chain_lines(fed: Federation) -> Iterator[str]:
     """List versions with what became of them, oldest first."""
     state = fed.chain.state()
-    yield f"head version {state.head.version}  champion version {state.champion.version}  entries {state.next_seq}  chain {state.digest}"
+    yield (
+        f"head version {state.head.version}  champion version {state.champion.version}  "
+        f"entries {state.next_seq}  chain {state.digest}"
+    )
     for number in sorted(state.versions):
         found = audit(fed.chain, number)
         accepted = sum(row.kind == "accepted" for row in found.rows)
         refused = sum(row.kind == "refused" for row in found.rows)
         parent = "-" if found.parent_version is None else f"v{found.parent_version}"
-        yield f"  v{number}  parent {parent}  accepted {accepted}  refused {refused}  {', '.join(found.standing) or 'waiting'}"
+        standing = ", ".join(found.standing) or "waiting"
+        yield f"  v{number}  parent {parent}  accepted {accepted}  refused {refused}  {standing}"

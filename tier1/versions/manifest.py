@@ -160,7 +160,7 @@ class Rates(Document):
 class AggregationSettings(Document):
     """Bounds of clip, prior and mass (DESIGN §4); part of F's configuration, hence of the manifest."""
 
-    max_norm: float = Field(default=10.0, gt=0)  # C of the clip
+    max_norm: float = Field(default=50.0, gt=0)  # C of the clip; honest updates of the demo measure 17 to 26
     token_cap: int = Field(default=1 << 20, ge=1)
     staleness_exponent: float = Field(default=0.5, ge=0)
     max_staleness: int = Field(default=16, ge=0)
