@@ -20,9 +20,20 @@ LEARNING_RATES = (0.008, 0.016, 0.032)  # the best is inside, not at the edge (m
 
 
 def centralised_loss(
-    snapshot_path: Path, blobs: Path, train: Sequence[Path], heldout: Mapping[str, Path], *, steps: int, batch_size: int, rate: float, seq_len: int,
-    rank: int, alpha: float, seed: int, max_tokens: int,
-) -> dict[str, float]:  # fmt: skip
+    snapshot_path: Path,
+    blobs: Path,
+    train: Sequence[Path],
+    heldout: Mapping[str, Path],
+    *,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    seq_len: int,
+    rank: int,
+    alpha: float,
+    seed: int,
+    max_tokens: int,
+) -> dict[str, float]:
     """Train one centralised LoRA and return its held-out loss per device suite, nats per token."""
     from fednested_lib.adapters import attach
     from fednested_lib.blobs import BlobStore
@@ -56,12 +67,8 @@ def run_all(
         while waiting or running:
             while waiting and len(running) < parallel:
                 rate = waiting.pop(0)
-                command = [
-                    sys.executable,
-                    "-m",
-                    "examples.shakespeare.baseline",
-                    json.dumps({**arguments, "rate": rate}),
-                ]
+                argument = json.dumps({**arguments, "rate": rate})
+                command = [sys.executable, "-m", "examples.shakespeare.baseline", argument]
                 running[rate] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             rate, process = next(iter(running.items()))
             output, _ = process.communicate()

@@ -74,24 +74,12 @@ class Fleet:
 
     def __enter__(self) -> Fleet:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        guard = [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), "10"]
+        device = [sys.executable, "-m", "fednested_lib.cli", "tier2", "run-client"]
         for client, config in self._configs.items():
             with open(config.parent / "device.log", "wb") as log:
                 self.processes[client] = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-I",
-                        "-S",
-                        str(_GUARD),
-                        str(os.getpid()),
-                        "10",
-                        sys.executable,
-                        "-m",
-                        "fednested_lib.cli",
-                        "tier2",
-                        "run-client",
-                        "--config",
-                        str(config),
-                    ],
+                    [*guard, *device, "--config", str(config)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -119,9 +107,8 @@ class Fleet:
         """
         for client, process in self.processes.items():
             if process.poll() not in (None, 0):
-                tail = (
-                    (self._configs[client].parent / "device.log").read_text(errors="replace").strip().splitlines()[-1:]
-                )
+                log = (self._configs[client].parent / "device.log").read_text(errors="replace")
+                tail = log.strip().splitlines()[-1:]
                 raise FednestedError(
                     f"device {client} ended with code {process.returncode}: {' '.join(tail) or 'no output'}"
                 )

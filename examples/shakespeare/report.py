@@ -9,11 +9,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#975a16", "#2c7a7b", "#718096", "#e53e3e")
+VERSION_COLUMNS = (
+    "version",
+    "parent",
+    "made by",
+    "accepted",
+    "refused",
+    "staleness",
+    "KiB per update",
+    "device loss",
+    "status",
+)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e2e8f0; text-align: right; } th { color: #4a5568; font-weight: 600; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #e2e8f0; text-align: right; }
+th { color: #4a5568; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; } .good { color: #2f855a; } .bad { color: #c53030; }
 figure { margin: 1rem 0; } figcaption { color: #4a5568; font-size: .9rem; } code { font-size: .85em; }
 """
@@ -55,15 +67,18 @@ def device_mean(report: DemoReport, row: VersionRow) -> float:
 
 def terminal_table(report: DemoReport) -> str:
     """Return the closing table as text."""
-    head = f"{'version':>7} {'parent':>6} {'made by':<12} {'acc/ref':>7} {'staleness':<16} {'KiB/update':>10} {'device loss':>11} {'status':<10}"
+    head = (
+        f"{'version':>7} {'parent':>6} {'made by':<12} {'acc/ref':>7} {'staleness':<16} {'KiB/update':>10} "
+        f"{'device loss':>11} {'status':<10}"
+    )
     lines = [head, "-" * len(head)]
     for row in report.versions:
         parent = "-" if row.parent is None else str(row.parent)
         staleness = ",".join(map(str, row.staleness)) or "-"
         size = f"{row.bytes_per_update / 1024:.0f}" if row.bytes_per_update else "-"
         lines.append(
-            f"{row.version:>7} {parent:>6} {row.kind:<12} {row.accepted:>3}/{row.refused:<3} {staleness[:16]:<16} {size:>10} "
-            f"{device_mean(report, row):>11.4f} {row.status:<10}"
+            f"{row.version:>7} {parent:>6} {row.kind:<12} {row.accepted:>3}/{row.refused:<3} "
+            f"{staleness[:16]:<16} {size:>10} {device_mean(report, row):>11.4f} {row.status:<10}"
         )
     return "\n".join([*lines, "", *_domain_lines(report)])
 
@@ -71,7 +86,8 @@ def terminal_table(report: DemoReport) -> str:
 def _domain_lines(report: DemoReport) -> list[str]:
     first, last = _first_and_last(report)
     lines = [
-        f"{'domain':<34} {'before':>8} {'after':>8} {'change':>8}   nats/token, held-out lines (v{first.version} → v{last.version})"
+        f"{'domain':<34} {'before':>8} {'after':>8} {'change':>8}   "
+        f"nats/token, held-out lines (v{first.version} → v{last.version})"
     ]
     for suite in sorted(last.losses):
         before, after = first.losses[suite], last.losses[suite]
@@ -96,13 +112,15 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
         return across, top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
 
     parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)}" style="width:100%;max-width:{width}px">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)}" '
+        f'style="width:100%;max-width:{width}px">'
     ]
     for step in range(5):
         value = y_low + (y_high - y_low) * step / 4
         _, y = place(x_low, value)
         parts.append(
-            f'<path d="M{left} {y:.1f}H{width - right}" stroke="#e2e8f0"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{value:.3f}</text>'
+            f'<path d="M{left} {y:.1f}H{width - right}" stroke="#e2e8f0"/>'
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" font-size="11">{value:.3f}</text>'
         )
     for x in sorted({point[0] for point in points}):
         across, _ = place(x, y_low)
@@ -110,18 +128,19 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
             f'<text x="{across:.1f}" y="{height - bottom + 18}" text-anchor="middle" font-size="11">{x:g}</text>'
         )
     parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle" font-size="12">{html.escape(x_label)}</text>'
+        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle" font-size="12">'
+        f"{html.escape(x_label)}</text>"
     )
     for index, (name, line) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*point) for point in line))
-        marks = "".join(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in (place(*point) for point in line)
-        )
+        places = [place(*point) for point in line]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places)
         y = top + 14 + 18 * index
         parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>{marks}')
         parts.append(
-            f'<rect x="{width - right + 14}" y="{y - 9}" width="10" height="10" fill="{colour}"/><text x="{width - right + 30}" y="{y}" font-size="11">{html.escape(name[:26])}</text>'
+            f'<rect x="{width - right + 14}" y="{y - 9}" width="10" height="10" fill="{colour}"/>'
+            f'<text x="{width - right + 30}" y="{y}" font-size="11">{html.escape(name[:26])}</text>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -137,6 +156,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"<h2>{title}</h2>\n{_table(head, rows)}"
+
+
 def _signed(change: float) -> str:
     return f'<span class="{"good" if change <= 0 else "bad"}">{change:+.4f}</span>'
 
@@ -150,17 +173,28 @@ def render_html(report: DemoReport) -> str:
         chart[suite] = [(row.version, row.losses[suite]) for row in approved]
     versions = [
         [
-            f"v{row.version}", "–" if row.parent is None else f"v{row.parent}", row.kind, str(row.accepted), str(row.refused),
-            ", ".join(map(str, row.staleness)) or "–", f"{row.bytes_per_update / 1024:.0f}" if row.bytes_per_update else "–",
-            f"{device_mean(report, row):.4f}", row.status,
+            f"v{row.version}",
+            "–" if row.parent is None else f"v{row.parent}",
+            row.kind,
+            str(row.accepted),
+            str(row.refused),
+            ", ".join(map(str, row.staleness)) or "–",
+            f"{row.bytes_per_update / 1024:.0f}" if row.bytes_per_update else "–",
+            f"{device_mean(report, row):.4f}",
+            row.status,
         ]
         for row in report.versions
-    ]  # fmt: skip
+    ]
     domains = [
-        [html.escape(suite), f"{first.losses[suite]:.4f}", f"{last.losses[suite]:.4f}", _signed(last.losses[suite] - first.losses[suite]),
-         "{:.3f} → {:.3f}".format(*report.bits_per_byte[suite]) if suite in report.bits_per_byte else "–"]
+        [
+            html.escape(suite),
+            f"{first.losses[suite]:.4f}",
+            f"{last.losses[suite]:.4f}",
+            _signed(last.losses[suite] - first.losses[suite]),
+            "{:.3f} → {:.3f}".format(*report.bits_per_byte[suite]) if suite in report.bits_per_byte else "–",
+        ]
         for suite in sorted(last.losses)
-    ]  # fmt: skip
+    ]
     contributors = [
         [f"v{v}", html.escape(client), str(sequence), str(staleness), f"{weight:.4f}"]
         for v, client, sequence, staleness, weight in report.contributors
@@ -170,22 +204,26 @@ def render_html(report: DemoReport) -> str:
         [html.escape(part), f"{seconds:.1f}", f"{mib:.0f}" if mib else "–"] for part, seconds, mib in report.timings
     ]
     facts = [[html.escape(name), f"<code>{html.escape(value)}</code>"] for name, value in report.facts.items()]
-    return "\n".join(
-        [
-            f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(report.title)}</title><style>{STYLE}</style><body>",
-            f"<h1>{html.escape(report.title)}</h1>",
-            "<p>One Mixture-of-Experts language model, trained by devices that never showed their text. Losses are nats per token on held-out lines; lower is better.</p>",
-            "<h2>Loss per device domain</h2><figure>", line_chart(chart, x_label="version", y_label="held-out loss, nats per token"),
-            "<figcaption>Approved versions only; the first point is the snapshot that devices started from.</figcaption></figure>",
-            "<h2>Versions</h2>",
-            _table(["version", "parent", "made by", "accepted", "refused", "staleness", "KiB per update", "device loss", "status"], versions),
-            "<h2>Loss per domain, before and after</h2>", _table(["domain", f"v{first.version}", f"v{last.version}", "change", "bits per byte"], domains),
-            "<h2>Who contributed what</h2>", _table(["version", "client", "sequence", "staleness", "weight ω"], contributors),
-            "<h2>Against a centralised LoRA</h2>", _table(["quantity", "value"], gap),
-            "<h2>Time and memory</h2>", _table(["part", "seconds", "peak MiB"], timings),
-            "<h2>Proof</h2>", _table(["fact", "value"], facts), "</body></html>",
-        ]
-    )  # fmt: skip
+    title = html.escape(report.title)
+    before_after = ["domain", f"v{first.version}", f"v{last.version}", "change", "bits per byte"]
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><body>",
+        f"<h1>{title}</h1>",
+        "<p>One Mixture-of-Experts language model, trained by devices that never showed their text. "
+        "Losses are nats per token on held-out lines; lower is better.</p>",
+        "<h2>Loss per device domain</h2><figure>",
+        line_chart(chart, x_label="version", y_label="held-out loss, nats per token"),
+        "<figcaption>Approved versions only; the first point is the snapshot that devices started from."
+        "</figcaption></figure>",
+        _section("Versions", VERSION_COLUMNS, versions),
+        _section("Loss per domain, before and after", before_after, domains),
+        _section("Who contributed what", ["version", "client", "sequence", "staleness", "weight ω"], contributors),
+        _section("Against a centralised LoRA", ["quantity", "value"], gap),
+        _section("Time and memory", ["part", "seconds", "peak MiB"], timings),
+        _section("Proof", ["fact", "value"], facts),
+        "</body></html>",
+    ]
+    return "\n".join(parts)
 
 
 def write_html(report: DemoReport, path: Path) -> Path:

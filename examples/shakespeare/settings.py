@@ -1,6 +1,7 @@
 """Sizes of the demo: chosen by measurement so that two cores finish in minutes and the learning shows.
 
-Devices: 12 AdamW steps of 8 × 96 tokens at 8e-3 per update; on three seeds one round of these stays stable with η_T2 = 1.
+Devices: 12 AdamW steps of 8 × 96 tokens at 8e-3 per update; on three seeds one round of these stays stable with
+η_T2 = 1.
 """
 
 from __future__ import annotations
