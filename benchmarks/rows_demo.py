@@ -49,20 +49,16 @@ def demo(seed: int) -> DemoRun:
             raise RuntimeError(
                 f"demo with seed {seed} ended with code {process.returncode}: {output.strip().splitlines()[-1]}"
             )
-        return DemoRun(
-            report=json.loads((out / "report.json").read_text()), wall_s=time.monotonic() - began, peak_gib=peak / 2**30
-        )
+        report = json.loads((out / "report.json").read_text())
+        return DemoRun(report=report, wall_s=time.monotonic() - began, peak_gib=peak / 2**30)
 
 
 def _device_means(report: dict) -> list[float]:
     """Mean held-out loss over the device domains of the first snapshot and of the champion after each round."""
-    rounds = [
-        row for row in report["versions"] if row["kind"] == "devices" and row["status"] in ("approved", "champion")
-    ]
-    rows = [report["versions"][1], *rounds]
-    return [
-        sum(row["losses"][suite] for suite in report["device_suites"]) / len(report["device_suites"]) for row in rows
-    ]
+    approved = [row for row in report["versions"] if row["status"] in ("approved", "champion")]
+    rows = [report["versions"][1], *(row for row in approved if row["kind"] == "devices")]
+    suites = report["device_suites"]
+    return [sum(row["losses"][suite] for suite in suites) / len(suites) for row in rows]
 
 
 @figure("demo.wall", unit="s", bound="<= 480", cls="full")
@@ -79,7 +75,7 @@ def demo_memory() -> Reading:
 
 @figure("learning.gap_closed", unit="%", bound=">= 60", cls="full")
 def gap_closed() -> float:
-    """Share of the gap to a centralised LoRA (same tokens and steps, best of three rates) closed in three rounds, worst of three seeds."""
+    """Gap to a centralised LoRA (same tokens and steps, best of 3 rates) closed in three rounds, worst of 3 seeds."""
     return 100 * min(demo(seed).report["gap"]["gap closed"] for seed in SEEDS)
 
 
@@ -102,7 +98,6 @@ def stale_updates() -> float:
 @figure("replay.identical", unit="%", bound="== 100", cls="full")
 def replayed() -> float:
     """Versions of three demo runs that replay rebuilt from genesis and the archived inputs to identical blobs."""
-    lines = [
-        value for seed in SEEDS for name, value in demo(seed).report["facts"].items() if name.startswith("version ")
-    ]
+    facts = [fact for seed in SEEDS for fact in demo(seed).report["facts"].items()]
+    lines = [value for name, value in facts if name.startswith("version ")]
     return 100 * sum(line.startswith("identical") for line in lines) / len(lines)
