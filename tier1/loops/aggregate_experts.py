@@ -1,6 +1,8 @@
 """The fast loop, step by step: take a cut of the update log, verify, weigh, fold.
 
-W_experts ← W_experts + η_T2·ΔW_agg
+    W_experts ← W_experts + η_T2·ΔW_agg
+
+ΔW_agg is the weighed sum of the deltas that were accepted; refused ones are recorded with their reasons.
 """
 
 from __future__ import annotations
@@ -57,12 +59,9 @@ def fold_updates(fed: Federation, cut: CutRef) -> CandidateRef:
     candidate = fold_cut(fed, _load_cut(cut))
     digest = save_candidate(fed.home, candidate)
     n_accepted, n_refused = len(candidate.accepted), len(candidate.refused)
-    log.info(
-        "aggregate.folded", candidate=digest, head=candidate.parent_version, accepted=n_accepted, refused=n_refused
-    )
-    return CandidateRef(
-        digest=digest, parent_version=candidate.parent_version, n_accepted=n_accepted, n_refused=n_refused
-    )
+    head = candidate.parent_version
+    log.info("aggregate.folded", candidate=digest, head=head, accepted=n_accepted, refused=n_refused)
+    return CandidateRef(digest=digest, parent_version=head, n_accepted=n_accepted, n_refused=n_refused)
 
 
 def fold_cut(fed: Federation, cut: Cut) -> Candidate:

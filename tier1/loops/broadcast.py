@@ -49,7 +49,7 @@ def publish_champion(fed: Federation) -> Published:
 
 
 def last_announced(fed: Federation) -> ModelAvailable | None:
-    """Return the newest champion announced on the control topic under our own signature: an anchor outside the chain."""
+    """Return the newest champion announced under our own signature: an anchor outside the chain."""
     low, high = fed.log.watermarks(TOPIC)[0]
     newest = None
     for record in fed.log.read(TOPIC, {0: (low, high)}):

@@ -10,7 +10,6 @@ after the entry costs nothing but a second call.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -19,7 +18,7 @@ import structlog
 from fednested_lib.errors import ChainConflict, GovernanceError, PromotionBlocked
 from fednested_lib.failpoints import failpoint
 from tier1.evaluation.gate import judge
-from tier1.evaluation.suites import SuiteResult, SuiteRegistry
+from tier1.evaluation.suites import SuiteRegistry, SuiteResult
 from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput, parse_decision
 from tier1.governance.ports import AccessDecision, AccessRequest
@@ -70,9 +69,10 @@ def settle_candidate(fed: Federation, candidate: CandidateRef) -> Settled:
     ref = candidate if candidate.digest else newest_candidate(fed)
     if not ref.digest:
         waiting = waiting_versions(fed)
-        return (
-            _settled(fed, fed.chain.entries()[fed.chain.state().versions[waiting[-1][0]].seq]) if waiting else NOTHING
-        )
+        if not waiting:
+            return NOTHING
+        newest = fed.chain.state().versions[waiting[-1][0]]
+        return _settled(fed, fed.chain.entries()[newest.seq])
     settlement = _settle(fed, load_candidate(fed.home, ref.digest))
     if settlement is None:
         return NOTHING
@@ -93,10 +93,9 @@ def _settle(fed: Federation, candidate: Candidate) -> Sealed | None:
         save=partial(save_candidate, fed.home),
         max_tries=fed.config.evaluation.max_tries,
     )
-    log.info(
-        "candidate.settled", outcome=settlement.outcome, seq=settlement.sealed.entry.seq if settlement.sealed else None
-    )
-    return settlement.sealed
+    sealed = settlement.sealed
+    log.info("candidate.settled", outcome=settlement.outcome, seq=sealed.entry.seq if sealed else None)
+    return sealed
 
 
 def _settled(fed: Federation, sealed: Sealed) -> Settled:
@@ -125,9 +124,8 @@ def gate_candidate(fed: Federation, candidate: Candidate) -> GateRecord:
         tokenizer=candidate.tokenizer,
         blobs=candidate.blobs,
     )
-    report = judge(
-        measure(fed, parent.snapshot), measure(fed, after), max_regression=fed.config.evaluation.max_regression
-    )
+    bound = fed.config.evaluation.max_regression
+    report = judge(measure(fed, parent.snapshot), measure(fed, after), max_regression=bound)
     rows = [
         SuiteChange(suite=r.suite, before=r.before, after=r.after, bound=r.bound, passed=r.passed) for r in report.rows
     ]
@@ -281,9 +279,7 @@ def _append_decision(fed: Federation, settled: Settled, decision: DecisionInput,
     lineage = record_promotion(fed, settled.version, decision, access)
     while True:
         state = fed.chain.state()
-        refolded = (
-            [view.digest for view in state.successors(settled.version)[1:]] if decision.verdict == "reject" else []
-        )
+        voided = state.successors(settled.version)[1:] if decision.verdict == "reject" else []
         body = Decision(
             verdict=decision.verdict,
             version=settled.version,
@@ -295,17 +291,15 @@ def _append_decision(fed: Federation, settled: Settled, decision: DecisionInput,
             token_sha256=decision.token_sha256,
             authorisation=access.id,
             lineage=list(lineage),
-            refolded=refolded,
+            refolded=[view.digest for view in voided],
             created_at=now_text(),
         )
         try:
             fed.chain.append(body, state.next_seq)
             failpoint("decide.after_append")
             return
-        except ChainConflict:
-            log.info(
-                "decision.lost_race", version=settled.version
-            )  # the decision is about the version, not the head: say it again
+        except ChainConflict:  # the decision is about the version, not the head: say it again
+            log.info("decision.lost_race", version=settled.version)
 
 
 def _reject(fed: Federation, settled: Settled, decision: DecisionInput) -> Outcome:
@@ -338,7 +332,11 @@ def _reject(fed: Federation, settled: Settled, decision: DecisionInput) -> Outco
 
 
 def refold_pending(fed: Federation) -> list[int]:
-    """Fold again the inputs that a rejection set free, oldest first, each through its own gate; return the new versions."""
+    """Fold again the inputs that a rejection set free, oldest first, each through its own gate.
+
+    Returns:
+        The numbers of the new versions.
+    """
     from tier1.versions.build import refold
 
     made: list[int] = []

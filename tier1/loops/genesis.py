@@ -1,4 +1,4 @@
-"""Version 0: the tokenizer from tier-1 text and a model with seeded random weights, signed as the chain's first entry."""
+"""Version 0: the tokenizer from tier-1 text and a model of seeded random weights, signed as the chain's first entry."""
 
 from __future__ import annotations
 
@@ -41,10 +41,8 @@ def _genesis(fed: Federation) -> Genesis:
     from tier1.training.model import TINY_MIXTRAL, initial_model
     from tier1.training.tokenizer import train_tokenizer
 
-    settings = fed.config.model
-    texts = (
-        text for name in sorted(fed.config.core.datasets) for text in read_texts(fed.config.core.datasets[name])[0]
-    )
+    settings, datasets = fed.config.model, fed.config.core.datasets
+    texts = (text for name in sorted(datasets) for text in read_texts(datasets[name])[0])
     tokenizer = fed.blobs.put(train_tokenizer(texts, settings.vocab_size))
     shape = {
         **(TINY_MIXTRAL if settings.family == "mixtral" else {}),

@@ -66,7 +66,10 @@ class Settled:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What was decided: `approved`, `rejected`, `gate_rejected`, `blocked` or `nothing`; `champion` is the version now."""
+    """What was decided; `champion` is the version now.
+
+    The verdict is `approved`, `rejected`, `gate_rejected`, `blocked` or `nothing`.
+    """
 
     verdict: str
     version: int

@@ -20,13 +20,15 @@ def evaluation_html(fed: Federation, settled: Settled) -> str:
     if gate is None:
         return f"<p>{escape(settled.reason) or 'Nothing was evaluated.'}</p>"
     rows = "".join(
-        f"<tr><td>{escape(row.suite)}</td><td>{_number(row.before)}</td><td>{_number(row.after)}</td><td>{_change(row.before, row.after)}</td>"
-        f"<td>{row.bound:g}</td><td>{'ok' if row.passed else '<strong>failed</strong>'}</td></tr>"
+        f"<tr><td>{escape(row.suite)}</td><td>{_number(row.before)}</td><td>{_number(row.after)}</td>"
+        f"<td>{_change(row.before, row.after)}</td><td>{row.bound:g}</td>"
+        f"<td>{'ok' if row.passed else '<strong>failed</strong>'}</td></tr>"
         for row in gate.rows[:MAX_ROWS]
     )
     verdict = "passed" if gate.passed else "failed"
     return (
-        f"<h3>Automatic gate {verdict} after {len(tries)} tries</h3><p>{escape(gate.reason)}. Losses are nats per token on held-out text.</p>"
+        f"<h3>Automatic gate {verdict} after {len(tries)} tries</h3>"
+        f"<p>{escape(gate.reason)}. Losses are nats per token on held-out text.</p>"
         f"<table><tr><th>suite</th><th>before</th><th>after</th><th>change</th><th>bound</th><th></th></tr>{rows}</table>"
         f"<p>{escape(_try_text(tries))}</p>"
     )
@@ -39,22 +41,25 @@ def contributors_html(fed: Federation, made: Settled | CandidateRef) -> str:
         return "<p>Nothing was folded.</p>"
     if candidate.inputs.dense:
         dense = candidate.inputs.dense
-        return f"<p>Core update of run {escape(dense.run_id)} by {escape(dense.trainer)}: {dense.steps} steps, {dense.tokens} tokens, from version {dense.base_version}.</p>"
+        return (
+            f"<p>Core update of run {escape(dense.run_id)} by {escape(dense.trainer)}: "
+            f"{dense.steps} steps, {dense.tokens} tokens, from version {dense.base_version}.</p>"
+        )
     accepted = "".join(
-        f"<tr><td>{escape(row.client_id)}</td><td>{row.sequence}</td><td>v{row.base_version}</td><td>{row.staleness}</td><td>{row.tokens}</td>"
-        f"<td>{row.norm:.3f}</td><td>{row.clip:.3f}</td><td>{row.weight:.4f}</td><td>{row.payload_bytes}</td></tr>"
+        f"<tr><td>{escape(row.client_id)}</td><td>{row.sequence}</td><td>v{row.base_version}</td>"
+        f"<td>{row.staleness}</td><td>{row.tokens}</td><td>{row.norm:.3f}</td><td>{row.clip:.3f}</td><td>{row.weight:.4f}</td><td>{row.payload_bytes}</td></tr>"
         for row in candidate.accepted[:MAX_ROWS]
     )
     refused = "".join(
-        f"<tr><td>{row.partition}@{row.offset}</td><td>{escape(row.client_id or '?')}</td><td>{escape(row.reason)}</td><td>{escape(row.detail)}</td></tr>"
+        f"<tr><td>{row.partition}@{row.offset}</td><td>{escape(row.client_id or '?')}</td>"
+        f"<td>{escape(row.reason)}</td><td>{escape(row.detail)}</td></tr>"
         for row in candidate.refused[:MAX_ROWS]
     )
-    head = "<tr><th>client</th><th>sequence</th><th>base</th><th>staleness</th><th>tokens</th><th>norm</th><th>clip</th><th>weight</th><th>bytes</th></tr>"
-    text = (
-        f"<h3>{len(candidate.accepted)} accepted, {len(candidate.refused)} refused</h3><table>{head}{accepted}</table>"
-    )
+    counts = f"<h3>{len(candidate.accepted)} accepted, {len(candidate.refused)} refused</h3>"
+    columns = ("client", "sequence", "base", "staleness", "tokens", "norm", "clip", "weight", "bytes")
+    text = f"{counts}<table>{_head(columns)}{accepted}</table>"
     if refused:
-        text += f"<table><tr><th>record</th><th>client</th><th>reason</th><th>detail</th></tr>{refused}</table>"
+        text += f"<table>{_head(('record', 'client', 'reason', 'detail'))}{refused}</table>"
     return text
 
 
@@ -62,7 +67,10 @@ def published_html(published: Published) -> str:
     """Return one sentence about what devices can fetch."""
     if published.version < 0:
         return "<p>There is no champion yet: nothing was published.</p>"
-    return f"<p>Version {published.version}: {published.n_blobs} blobs, {published.n_bytes / 1e6:.1f} MB, manifest {published.snapshot}.</p>"
+    return (
+        f"<p>Version {published.version}: {published.n_blobs} blobs, {published.n_bytes / 1e6:.1f} MB, "
+        f"manifest {published.snapshot}.</p>"
+    )
 
 
 def _tries(fed: Federation, settled: Settled) -> list[Try]:
@@ -80,9 +88,8 @@ def _candidate(fed: Federation, made: Settled | CandidateRef) -> Candidate | Non
         return load_candidate(fed.home, digest)
     except ChainError:
         bodies = (sealed.entry.body for sealed in fed.chain.entries())
-        return next(
-            (body.candidate for body in bodies if isinstance(body, Version) and body.candidate.digest() == digest), None
-        )
+        candidates = (body.candidate for body in bodies if isinstance(body, Version))
+        return next((candidate for candidate in candidates if candidate.digest() == digest), None)
 
 
 def _try_text(tries: list[Try]) -> str:
@@ -91,6 +98,10 @@ def _try_text(tries: list[Try]) -> str:
         for t in tries
     ]
     return "Tries: " + "; ".join(steps)
+
+
+def _head(columns: tuple[str, ...]) -> str:
+    return "<tr>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr>"
 
 
 def _number(value: float | None) -> str:
