@@ -33,12 +33,12 @@ def run_workflow(name: str, config: Path, *arguments: str, answer: str | None = 
     load_tier1(config)
     command = [sys.executable, "-m", "flytekit.clis.sdk_in_container.pyflyte", "run", f"workflows/{name}.py", name]
     command += ["--config", str(config.resolve()), *arguments]
-    finished = subprocess.run(
-        command, cwd=ROOT, input=None if answer is None else answer + "\n", text=True, check=False
-    )
+    typed = None if answer is None else answer + "\n"
+    finished = subprocess.run(command, cwd=ROOT, input=typed, text=True, check=False)
     if finished.returncode != 0:
         raise FednestedError(
-            f"workflow {name} ended with exit code {finished.returncode}: its last lines above say why; the chain is intact"
+            f"workflow {name} ended with exit code {finished.returncode}: "
+            "its last lines above say why; the chain is intact"
         )
 
 
@@ -51,7 +51,8 @@ def init_config(
 
     path = create_workspace(directory, datasets={"text": "data/train.jsonl"}, suites={"text": "data/heldout.jsonl"})
     typer.echo(
-        f"wrote {path}: put your data at the paths under core.datasets and evaluation.suites, register devices under devices"
+        f"wrote {path}: put your data at the paths under core.datasets and evaluation.suites, "
+        "register devices under devices"
     )
 
 
@@ -101,7 +102,8 @@ def _by_flag(answer: str | None) -> list[str]:
 def _require_local(config: Path) -> None:
     if load_tier1(config).profile != "local":
         raise ConfigError(
-            "--decision answers the gate by flag and is for profile: local; in production issue a token with `fednested approvals token`"
+            "--decision answers the gate by flag and is for profile: local; "
+            "in production issue a token with `fednested approvals token`"
         )
 
 

@@ -27,10 +27,16 @@ groups:
   secops: [{approver}, console]   # console: a bare answer at the gate; take it out where only signed tokens may decide
 allow:
   - {{id: train-core, groups: [trainers], actions: [read, train], resources: ["dataset:*"], purposes: [core-update]}}
-  - {{id: fold-updates, groups: [trainers], actions: [read, aggregate], resources: ["topic:updates.experts.local", "topic:updates.tier1"]}}
+  - {{id: fold-updates, groups: [trainers], actions: [read, aggregate],
+     resources: ["topic:updates.experts.local", "topic:updates.tier1"]}}
   - {{id: publish-model, groups: [trainers, secops], actions: [publish], resources: ["model:*"]}}
   - {{id: promote-model, groups: [secops], actions: [promote], resources: ["model:*"]}}
 deny: []
+"""
+
+HEADER = """\
+# One federation as tier 1 sees it. Relative paths are relative to this file; FEDNESTED_KAFKA_BOOTSTRAP wins over
+# log.bootstrap.
 """
 
 
@@ -86,7 +92,6 @@ def create_workspace(
     for key, value in (overrides or {}).items():
         document[key] = {**document[key], **value} if isinstance(value, Mapping) and key in document else value
     path = directory / name
-    header = "# One federation as tier 1 sees it. Relative paths are relative to this file; FEDNESTED_KAFKA_BOOTSTRAP wins over log.bootstrap.\n"
-    if not create_exclusive(path, (header + yaml.safe_dump(document, sort_keys=False)).encode()):
+    if not create_exclusive(path, (HEADER + yaml.safe_dump(document, sort_keys=False)).encode()):
         raise ConfigError(f"{path} exists already: move it away or choose another directory")
     return path

@@ -21,10 +21,8 @@ def progress(steps: int, label: str) -> Iterator[Callable[[int, float], None]]:
             bar.update(step - bar.n)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if not terminal and (step == steps or step % max(1, steps // 10) == 0):
-                print(
-                    f"{label}: step {step}/{steps}  loss {loss:.3f}  {time.monotonic() - started:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                elapsed_s = time.monotonic() - started
+                sys.stderr.write(f"{label}: step {step}/{steps}  loss {loss:.3f}  {elapsed_s:.0f} s\n")
+                sys.stderr.flush()
 
         yield on_step
