@@ -4,4 +4,6 @@ Importing this package costs nothing: heavy modules (torch, transformers, conflu
 that needs them, at the time it needs them.
 """
 
+from __future__ import annotations
+
 __version__ = "0.1.0"

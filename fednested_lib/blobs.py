@@ -150,7 +150,8 @@ class BlobStore:
         if found != digest:
             raise SnapshotError(
                 "corrupt_blob",
-                f"blob {digest} at {place} is corrupt (its bytes have digest {found}): restore it or replay the version",
+                f"blob {digest} at {place} is corrupt (its bytes have digest {found}): "
+                "restore it or replay the version",
             )
         return data
 
@@ -179,7 +180,8 @@ class BlobStore:
             raise
         except Exception as error:  # fsspec back ends raise whatever their client library raises
             raise TransportError(
-                f"blob store {self.uri} failed to {verb} {digest} ({type(error).__name__}: {error}): check the address and credentials"
+                f"blob store {self.uri} failed to {verb} {digest} ({type(error).__name__}: {error}): "
+                "check the address and credentials"
             ) from error
 
 

@@ -166,7 +166,8 @@ def resolve_uri(uri: str, base: Path) -> str:
 
 
 TIER2_EXAMPLE = """\
-# One device. Relative paths are relative to this file. Every key that is not here has a default (docs/configuration.md).
+# One device. Relative paths are relative to this file. Every key that is not here has a default
+# (docs/configuration.md).
 client_id: {client_id}
 key: device.key                 # Ed25519 seed of this device; its public key is registered at tier 1
 home: device-home               # state, outbox, snapshots

@@ -3,8 +3,8 @@
     delta = local − snapshot,   W ← W + η · (α/r) · B·A        (added with +η, never subtracted)
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): `lora_a` is A [r, d_in], `lora_b` is B [d_out, r]. For each fused expert
-parameter the factors of the experts a device adapted are *stacked*: `lora_a [n, r, d_in]`, `lora_b [n, d_out, r]`; so an
-update has a handful of tensors however many experts the model has, and any subset of experts and any rank is valid.
+parameter the factors of the experts a device adapted are *stacked*: `lora_a [n, r, d_in]`, `lora_b [n, d_out, r]`; so
+an update has a handful of tensors however many experts the model has, and any subset of experts and any rank is valid.
 
 The payload is a zstd frame around a safetensors file with canonical bytes. Encodings: `fp32`, `fp16`, and `int8`, the
 default: one fp32 scale per rank vector with unbiased stochastic rounding from a counter generator (Philox), so that the
