@@ -18,9 +18,8 @@ from tier1.federation import Federation, open_federation
 from tier1.workspace import create_workspace
 
 TOPIC = "updates.experts.local"
-WORDS = (
-    "the king and queen of night did speak to all good lords about love war gold storm ship crown sword field".split()
-)
+PHRASE = "the king and queen of night did speak to all good lords about love war gold storm ship crown sword field"
+WORDS = PHRASE.split()
 SMALL_MODEL = {
     "hidden_size": 32,
     "intermediate_size": 32,

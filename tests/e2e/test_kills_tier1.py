@@ -38,7 +38,7 @@ KEPT = ("head", "champion", "weights", "versions", "offsets", "registry")
 
 @pytest.mark.parametrize("name", FAILPOINTS)
 def test_a_coordinator_killed_between_two_durable_steps_loses_nothing(results, name):
-    """Killed at this point and run again, the round ends with the same weights and each sequence number exactly once."""
+    """Killed at this point and run again, the round ends with the same weights, each sequence number exactly once."""
     found = results["failpoints"][name]
     assert found["killed"] == -9
     assert found["recovered"][-1] == 0

@@ -1,4 +1,6 @@
-"""Runs tier-1 work in forked processes that may be killed: the modules are imported once, each scenario is a real process.
+"""Runs tier-1 work in forked processes that may be killed.
+
+The modules are imported once; each scenario is a real process.
 
 Usage: python -m tests.e2e.tier1_process DIRECTORY BOOTSTRAP SEED; prints one JSON document.
 """
@@ -181,7 +183,7 @@ def kill_and_recover(base: Path, name: str) -> dict:
 
 
 def race(base: Path) -> dict:
-    """Two committers at once on one federation: a core update and a fold of devices, both candidates made for version 1."""
+    """Two committers at once on one federation: a core update and a fold of devices, both made for version 1."""
     run = copy_of(base, "race")
     ready = run.parent / "go"
 
