@@ -53,7 +53,7 @@ PLANTED = {
         "lint",
         "tier1/planted.py",
         _append('"""Planted."""\n\n' + LAZY + "VALUE = { 1 : 2 }\n"),
-        "Would reformat",
+        "would be reformatted",
     ),
     "tier1 importing tasks": ("imports", "tier1/config.py", _append("import tasks\n"), "Imports point one way"),
     "images importing tier1": ("imports", "images/__init__.py", _append("import tier1\n"), "Imports point one way"),
