@@ -338,14 +338,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet() -> None:
-    """Keep events out of the demo's output, and flytekit's chatter with them."""
+    """Keep events out of the demo's output, and flytekit's chatter with them; let Ctrl-C be Python's again."""
     import logging
+    import signal
 
     import structlog
 
     os.environ.setdefault("FLYTE_SDK_LOGGING_LEVEL", "40")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    import flytekit  # noqa: F401  its import takes over SIGINT and would end the process before servers are stopped
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":
