@@ -95,13 +95,13 @@ def tests_passed() -> float:
 
 @figure("workflows.alone", unit="%", bound="== 100", cls="full")
 def workflows_alone() -> float:
-    """Scenarios of the five workflows that end as they should: each alone with pyflyte, approve, reject, gate failing."""
+    """Scenarios of the five workflows that end as they should: alone with pyflyte, approve, reject, gate failing."""
     return suite().share_passed("tests.flyte.test_workflows", "tests.tier1.loops.test_loops")
 
 
 @figure("kills.survived", unit="%", bound="== 100", cls="full")
 def kills_survived() -> float:
-    """Kills at named failpoints and random times after which weights are equal and every sequence is in exactly once."""
+    """Kills at named failpoints and random times after which weights are equal and each sequence is in exactly once."""
     return suite().share_passed("test_kills", "test_a_kill_anywhere", "sigkill", "killed")
 
 
@@ -113,7 +113,7 @@ def corruption_named() -> float:
 
 @figure("promotion.blocked", unit="%", bound="== 100", cls="full")
 def promotion_blocked() -> float:
-    """Promotions without policy, second person, signature, lineage or evaluation that are blocked, each with its line."""
+    """Promotions without policy, second person, signature, lineage or evaluation that are blocked, with a line each."""
     return suite().share_passed("governance.test_promotion")
 
 

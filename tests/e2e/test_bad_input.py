@@ -70,6 +70,7 @@ def tier2(directory: Path, bootstrap="127.0.0.1:1", text=None, **changes) -> Pat
 
 
 def test_an_unknown_key_is_named_with_its_file_and_the_known_ones(tmp_path, capsys, monkeypatch):
+    """A misspelt key at the top of tier2.yaml ends in one line with the key, the file and the keys there are."""
     path = tier2(tmp_path, rounds=3)
     code, error = fednested(capsys, monkeypatch, "tier2", "run-client", "--config", path)
     line = one_line(error)
@@ -80,6 +81,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_known_ones(tmp_path, caps
 
 
 def test_an_unknown_key_in_a_section_names_the_section(tmp_path, capsys, monkeypatch):
+    """A misspelt key inside a section of tier1.yaml is named with its section and the right spelling."""
     config = make_workspace(tmp_path, evaluation={"maxregression": 1})
     code, error = fednested(capsys, monkeypatch, "tier1", "status", "--config", config)
     assert code == 2
@@ -88,6 +90,7 @@ def test_an_unknown_key_in_a_section_names_the_section(tmp_path, capsys, monkeyp
 
 
 def test_a_value_out_of_bounds_names_key_value_and_bound(tmp_path, capsys, monkeypatch):
+    """A rank of 0 ends in one line with the key, the value and the bound."""
     path = tier2(tmp_path, adapters={"rank": 0})
     code, error = fednested(capsys, monkeypatch, "tier2", "run-client", "--config", path)
     assert code == 2
@@ -96,6 +99,7 @@ def test_a_value_out_of_bounds_names_key_value_and_bound(tmp_path, capsys, monke
 
 
 def test_a_missing_config_names_the_command_that_writes_one(tmp_path, capsys, monkeypatch):
+    """A config file that does not exist ends in one line with the command that writes one."""
     code, error = fednested(capsys, monkeypatch, "tier2", "run-client", "--config", tmp_path / "none.yaml")
     assert code == 2
     assert "fednested init-config tier2" in one_line(error)
@@ -112,6 +116,7 @@ def test_a_missing_config_names_the_command_that_writes_one(tmp_path, capsys, mo
     ids=["missing", "empty", "not UTF-8", "no text in it"],
 )
 def test_a_device_without_usable_text_stops_at_once(tmp_path, capsys, monkeypatch, text, says):
+    """Text that is missing, empty, not UTF-8 or without a usable row ends the device with one line that says which."""
     path = tier2(tmp_path, text=text)
     code, error = fednested(capsys, monkeypatch, "tier2", "run-client", "--config", path)
     assert code == 3
@@ -119,6 +124,7 @@ def test_a_device_without_usable_text_stops_at_once(tmp_path, capsys, monkeypatc
 
 
 def test_an_unreachable_broker_is_named_within_seconds(tmp_path, capsys, monkeypatch):
+    """A broker that does not answer ends the device with one line that has its address."""
     code, error = fednested(capsys, monkeypatch, "tier2", "run-client", "--config", tier2(tmp_path))
     assert code == 5
     assert "127.0.0.1:1" in one_line(error)
@@ -126,7 +132,7 @@ def test_an_unreachable_broker_is_named_within_seconds(tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize(("text", "says"), [(b"", "empty"), (b"\xff\xff\n", "UTF-8")], ids=["empty", "not UTF-8"])
 def test_tier1_text_that_cannot_be_used_is_one_line(tmp_path, text, says):
-    """The same line reaches a person through `pyflyte run`: tested below for one case, here at the step that raises it."""
+    """The line that a person sees through `pyflyte run` (tested below for one case), at the step that raises it."""
     from fednested_lib.errors import DataError
 
     fed = make_federation(tmp_path)
@@ -154,7 +160,7 @@ def refused(fed) -> list[str]:
 
 
 def test_bad_updates_go_to_quarantine_and_the_rest_is_folded(fed):
-    """Unknown base, foreign base digest, unsigned, altered, NaN: each refused with its reason; the good one is folded."""
+    """Unknown base, foreign digest, unsigned, altered, NaN: each refused with its reason; the good ones are folded."""
     Device(fed, "ann").send()
     bob = Device(fed, "bob")
     bob.send(base_version=99)
@@ -200,6 +206,7 @@ def _encode_unchecked(delta) -> bytes:
 
 
 def test_our_own_encoder_lets_no_nan_out(fed):
+    """A device's own delta that is not finite is refused before it is sent, with the remedy."""
     from fednested_lib.errors import PayloadError
 
     delta = random_delta(fed.chain.state().head.snapshot, seed=1, size=0.1, rank=2)
@@ -209,6 +216,7 @@ def test_our_own_encoder_lets_no_nan_out(fed):
 
 
 def test_a_corrupt_blob_is_named_by_verify_and_stops_a_broadcast(fed, capsys, monkeypatch):
+    """A blob whose bytes changed is named by `verify` and stops a broadcast."""
     from fednested_lib.errors import SnapshotError
     from tier1.loops.broadcast import publish_champion
 

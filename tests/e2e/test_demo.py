@@ -36,7 +36,7 @@ def start(out: Path) -> subprocess.Popen:
 
 
 def test_ctrl_c_and_kill_leave_nothing_behind_and_a_new_run_starts(tmp_path):
-    """After SIGINT, and after SIGKILL, no broker, server or device of the demo lives on; the same directory runs again."""
+    """After SIGINT and SIGKILL no broker, server or device of the demo lives on; the same directory runs again."""
     out = tmp_path / "demo"
     for signum, code in [(signal.SIGINT, 130), (signal.SIGKILL, -9)]:
         demo = start(out)
