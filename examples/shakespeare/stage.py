@@ -69,7 +69,7 @@ def write_tier1(
     }
     sections = {
         "log": {"bootstrap": bootstrap},
-        "model": {"seed": settings.seed},
+        "model": {"seed": settings.seed, "vocab_size": vocabulary(corpus.tier1.stat().st_size)},
         "core": core,
         "window": {"min_updates": min(settings.window, len(corpus.devices)), "max_wait_s": settings.max_wait_s},
         "evaluation": {
@@ -88,6 +88,11 @@ def write_tier1(
     late = {**core, "steps": settings.late_core_steps, "seed": settings.seed + 1}
     eta = {"eta_core": settings.late_core_eta, "eta_t1": settings.late_core_eta, "eta_t2": 1.0}
     return path, create_workspace(run, **places, overrides={**sections, "core": late, "rates": eta}, name="late.yaml")
+
+
+def vocabulary(text_bytes: int) -> int:
+    """Return a vocabulary size that this much tier-1 text can fill."""
+    return 1024 if text_bytes > 200_000 else 512 if text_bytes > 40_000 else 300
 
 
 def write_tier2(run: Path, corpus: Corpus, settings: DemoSettings, *, bootstrap: str, slow: str) -> dict[str, Path]:
