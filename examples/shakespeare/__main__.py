@@ -18,6 +18,7 @@ from examples.shakespeare import corpus as plays
 from examples.shakespeare.baseline import run_all
 from examples.shakespeare.corpus import Corpus
 from examples.shakespeare.devices import Fleet
+from examples.shakespeare.progress import arrivals
 from examples.shakespeare.report import DemoReport, VersionRow, device_mean, terminal_table, write_html, write_json
 from examples.shakespeare.settings import DemoSettings
 from examples.shakespeare.stage import Approver, Timings, clear, write_tier1, write_tier2
@@ -163,7 +164,7 @@ def _bootstrap(config: Path, servers: EmbeddedServers, approver: Approver) -> No
 def _nested_round(config: Path, approver: Approver) -> None:
     from workflows.nested_round import nested_round
 
-    with answer_gates(approver):
+    with arrivals(config), answer_gates(approver):
         result = nested_round(config=str(config))
     print(
         f"   {result.outcome.verdict}: champion is version {result.outcome.champion}; "
