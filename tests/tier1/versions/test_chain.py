@@ -75,6 +75,22 @@ def test_every_changed_byte_is_detected_and_the_file_named(chain, seq):
     assert len(chain.entries()) == 5
 
 
+def test_added_bytes_are_detected(chain):
+    """Blanks, another order of keys or a key given twice parse to the same entry and are refused all the same."""
+    path = path_of(chain, 4)
+    data = path.read_bytes()
+    reordered = json.dumps(dict(reversed(json.loads(data).items())), separators=(",", ":")).encode()
+    for altered in (
+        data + b" ",
+        data.replace(b",", b", ", 1),
+        reordered,
+        data.replace(b'{"body"', b'{"seq":4,"body"', 1),
+    ):
+        path.write_bytes(altered)
+        with pytest.raises(ChainCorrupt, match="000004.json was altered"):
+            chain.entries()
+
+
 def test_a_reader_that_verified_before_still_detects_a_changed_byte(chain):
     """Verification is remembered by the digest of the bytes, so remembering hides nothing."""
     chain.state()

@@ -51,6 +51,14 @@ def test_reason_survives_when_the_record_is_gone(scene):
     assert [record.value for record in quarantined(scene)] == [b"", b""]
 
 
+def test_bytes_of_another_record_are_not_quarantined(scene):
+    """If the log holds other bytes at that offset than were refused, they are not passed off as the refused ones."""
+    refused, cut = settled(scene)
+    replaced = [row.model_copy(update={"record_sha256": "0" * 64}) for row in refused]
+    assert publish_refused(replaced, cut, scene.log) == 2
+    assert [record.value for record in quarantined(scene)] == [b"", b""]
+
+
 def test_record_too_large_for_quarantine_keeps_its_reason(scene):
     """A record at the size limit does not fit with its reason; the reason goes alone, nothing stops."""
     scene.log.append(LOCAL, key=b"ada", value=b"x" * (MAX_RECORD_BYTES - 40), headers={HEADER: b"{}"})

@@ -56,6 +56,17 @@ def test_head_follows_versions_and_champion_follows_approvals(scene):
     assert scene.chain.state().champion.version == 2  # the newest approved one, not the latest approval
 
 
+def test_champion_falls_back_when_it_or_an_ancestor_is_rejected(scene):
+    """An approval does not survive the rejection of what it is built on; the next newest approved version counts."""
+    versions(scene, 3)
+    scene.decide("approve", 1)
+    scene.decide("approve", 3)
+    scene.decide("reject", 2)
+    assert scene.chain.state().champion.version == 1
+    scene.decide("reject", 1)
+    assert scene.chain.state().champion.version == 0
+
+
 def test_rejected_head_spends_its_inputs(scene):
     """Rejecting head moves it back; the inputs are spent, not consumed again, and the number is not used again."""
     versions(scene, 2)
