@@ -48,12 +48,13 @@ class TrainSettings:
         aux_loss: Coefficient c_aux of the router balancing loss.
         grad_clip: Largest global gradient norm.
         seed: Of the order of the rows.
-        threads: CPU threads; part of the numeric profile.
+        threads: CPU threads; part of the numeric profile. More than one pays only on idle cores (OpenMP threads spin
+            while they wait: set OMP_WAIT_POLICY=PASSIVE where other processes compete).
     """
 
     steps: int
-    batch_size: int = 16
-    learning_rate: float = 6e-3
+    batch_size: int = 8
+    learning_rate: float = 3e-3
     expert_learning_rate: float | None = None
     router_learning_rate: float | None = None
     warmup: float = 0.05
