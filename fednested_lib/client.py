@@ -170,6 +170,12 @@ class Client:
 
     def _fetch(self, event: ModelAvailable) -> None:
         manifest = SnapshotManifest.from_json(self.source.get(event.snapshot))
+        if (manifest.version, manifest.digest) != (event.version, event.base_digest):
+            raise SnapshotError(
+                "bad_manifest",
+                f"snapshot {event.snapshot} is version {manifest.version} with digest {manifest.digest}, "
+                f"announced were {event.version} and {event.base_digest}: publish the snapshot again",
+            )
         report = fetch(manifest, self.source, self.blobs)
         self.blobs.put(manifest.to_json())
         failpoint("client.after_fetch")

@@ -172,6 +172,8 @@ def test_seeded_start(make_model):
     name = "model.layers.1.mlp.experts.down_proj"
     assert np.array_equal(part.factors[name].lora_a, full.factors[name].lora_a[[2, 5]])
     assert not np.array_equal(part.factors[name].lora_a, other.factors[name].lora_a)
+    starts = {factors.lora_a[j].tobytes() for factors in full.factors.values() for j in range(6)}
+    assert len(starts) == 3 * 2 * 6
     bound = 1 / np.sqrt(48)
     assert 0.9 * bound < np.abs(full.factors[name].lora_a).max() <= bound
     assert part.factors[name].lora_a.shape == (2, 3, 48)

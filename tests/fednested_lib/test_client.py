@@ -183,6 +183,21 @@ def test_unsigned_and_old_events_are_ignored(world):
     assert [envelope.base_digest for envelope in world.envelopes()] == [newer.digest]
 
 
+def test_announcement_must_match_its_snapshot(world):
+    """A signed announcement of one version that points to the snapshot of another is refused with both numbers."""
+    manifest = world.publish(0)
+    event = ModelAvailable(
+        version=1,
+        snapshot=world.blobs.put(manifest.to_json()),
+        base_digest=manifest.digest,
+        chain_seq=1,
+        chain_head="0" * 64,
+    )
+    world.tell(event)
+    with pytest.raises(SnapshotError, match="is version 0 .* announced were 1"):
+        run(world.config(), log=world.log)
+
+
 def test_stops_when_the_federation_ends(world):
     """An end after the model is obeyed at once; a model after an end starts the device again."""
     manifest = world.publish(0)

@@ -56,6 +56,7 @@ def test_round_trip_is_byte_exact(make_model, family, tied, tmp_path):
     assert list(before) == list(after)
     assert all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in before)
     assert (rebuilt.lm_head.weight is rebuilt.model.embed_tokens.weight) == tied
+    assert ("lm_head.weight" in decode_blob(store.get(manifest.blobs["core/rest"]))) == (not tied)
     assert torch.equal(model(input_ids=IDS).logits, rebuilt(input_ids=IDS).logits)
     assert write_state_dict(rebuilt.state_dict(), family, store) == manifest.blobs
 
