@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-LEARNING_RATES = (0.008, 0.016, 0.032)  # the best is inside, not at the edge (measured)
+LEARNING_RATES = (0.004, 0.008, 0.016)  # on three seeds the middle one was best
 
 
 def centralised_loss(

@@ -66,6 +66,8 @@ def settle_candidate(fed: Federation, candidate: CandidateRef) -> Settled:
         ChainConflict: another committer consumed part of the same cut; take a new one.
         ChainCorrupt: the chain is damaged.
     """
+    if fed.chain.exists():
+        refold_pending(fed)  # what an interrupted rejection left to do
     ref = candidate if candidate.digest else newest_candidate(fed)
     if not ref.digest:
         waiting = waiting_versions(fed)

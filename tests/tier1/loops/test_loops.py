@@ -99,6 +99,26 @@ def test_successors_of_a_rejected_version_are_folded_again_without_it(fed):
     assert set(rebuilt(fed)) == {"identical"}
 
 
+def test_a_rejection_that_died_before_its_refold_is_finished_by_the_next_round(fed, monkeypatch):
+    """Killed between the decision and the fold of the successors' inputs, the next settling folds them first."""
+    from tier1.loops import evaluate_and_promote
+
+    ann, bob = Device(fed, "ann"), Device(fed, "bob")
+    ann.send()
+    second = settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    bob.send()
+    settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    monkeypatch.setattr(evaluate_and_promote, "refold_pending", lambda fed: [])  # stands for the kill
+    decide(fed, second, "reject", "console")
+    monkeypatch.undo()
+    assert fed.chain.state().head.version == 1
+    ann.send()
+    settled, _ = fast_round(fed)
+    state = fed.chain.state()
+    assert (settled.version, state.head.version, state.head.parent.version) == (5, 5, 4)
+    assert not state.pending
+
+
 def test_a_failing_gate_halves_eta_and_then_rejects(tmp_path):
     """A harmful update is tried with η, η/2, η/4; then its inputs are spent and head stays."""
     fed = make_federation(tmp_path, evaluation={"max_regression": 0.0, "max_tries": 3}, aggregation={"max_norm": 1e6})
