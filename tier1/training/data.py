@@ -7,9 +7,11 @@ the bytes of the files, the tokenizer, the row length and the version of this mo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 RULES_VERSION = 1
 BATCH_RECORDS = 512
+CHUNK_ROWS = 1024
+ABANDONED_S = 3600
 SET_ASIDE_FILE = "set_aside.jsonl"
 _REMEDY = 'give one {"text": …} or {"prompt": …, "completion": …} per line'
 
@@ -80,6 +84,7 @@ def prepare_dataset(sources: Mapping[str, Path], tokenizer: bytes, *, seq_len: i
         return PackedDataset(path=path, digest=digest, **cached["counts"])
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        _sweep(out_dir)
         counts, set_aside = _pack(sources, load_tokenizer(tokenizer), seq_len, path)
     except OSError as error:
         raise StorageError(
@@ -180,11 +185,24 @@ def _cut_rows(stream_path: Path, seq_len: int, target: Path) -> int:
             f"the datasets have {n_tokens} tokens, need at least {seq_len + 1}: add text or lower core.seq_len"
         )
     stream = np.memmap(stream_path, dtype=np.int32, mode="r")
-    windows = np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
-    rows = np.lib.format.open_memmap(target, mode="w+", dtype=np.int32, shape=(n_rows, seq_len + 1))
-    rows[:] = windows[:n_rows]
-    rows.flush()
+    windows = np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len][:n_rows]
+    header = {"descr": "<i4", "fortran_order": False, "shape": windows.shape}
+    # Written, not mapped: on a full disk a write fails with an error, a page of a sparse mapping kills with SIGBUS.
+    with target.open("wb") as rows:
+        np.lib.format.write_array_header_1_0(rows, header)
+        for start in range(0, n_rows, CHUNK_ROWS):
+            rows.write(windows[start : start + CHUNK_ROWS].astype("<i4").tobytes())
+        rows.flush()
+        os.fsync(rows.fileno())
     return n_rows
+
+
+def _sweep(out_dir: Path) -> None:
+    """Remove what packers left that were killed; a file that is still growing belongs to one at work."""
+    for path in [*out_dir.glob("*.stream"), *out_dir.glob("*.tmp")]:
+        with contextlib.suppress(FileNotFoundError):  # its owner was faster
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink()
 
 
 def _inputs_digest(sources: Mapping[str, Path], tokenizer: bytes, seq_len: int) -> str:

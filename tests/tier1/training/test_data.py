@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,3 +122,53 @@ def test_no_dataset_is_refused(tmp_path, tokenizer):
     """Guards that an empty core.datasets is named."""
     with pytest.raises(DataError, match=r"got 0: name a JSONL file under core\.datasets"):
         prepare_dataset({}, tokenizer, seq_len=16, out_dir=tmp_path)
+
+
+# Packs in a process of its own, because a SIGBUS ends one.
+FULL_DISK = """
+import sys
+from pathlib import Path
+from fednested_lib.errors import StorageError
+from tier1.training.data import prepare_dataset
+
+text, tokenizer, out = map(Path, sys.argv[1:])
+try:
+    prepare_dataset({"a": text}, tokenizer.read_bytes(), seq_len=16, out_dir=out / "packed")
+except StorageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_our_error_and_leaves_nothing(tmp_path, write_jsonl, tokenizer, texts):
+    """The token stream fits and its rows do not: a line with the remedy, not the SIGBUS of a sparse mapping."""
+    source, small = write_jsonl("a.jsonl", rows_of(texts * 20)), tmp_path / "small"
+    whole = prepare_dataset({"a": source}, tokenizer, seq_len=16, out_dir=tmp_path / "whole")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer)
+    size = int(whole.path.stat().st_size * 1.5)
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this sandbox does not allow mounts")
+    try:
+        command = [sys.executable, "-c", FULL_DISK, source, tmp_path / "tokenizer.json", small]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (done.returncode, done.stderr)
+        assert "cannot write packed tokens" in done.stdout
+        assert "No space left on device" in done.stdout
+        assert not [path for path in small.rglob("*") if path.is_file()]
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_leftovers_of_killed_packers_are_swept(tmp_path, write_jsonl, tokenizer, texts):
+    """An old partial file is removed by the next packing; a young one belongs to a packer at work and stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    old, young = out / "aa.1.stream", out / "bb.2.tmp"
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    prepare_dataset({"a": write_jsonl("a.jsonl", rows_of(texts))}, tokenizer, seq_len=16, out_dir=out)
+    assert not old.exists()
+    assert young.exists()
