@@ -7,6 +7,7 @@ number it is the resident set size, which counts shared pages again and so errs 
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,9 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m benchmarks.measure NAME -- COMMAND ...", file=sys.stderr)
         return 2
     began, peak_bytes = time.monotonic(), 0
+    # The command gets the same Ctrl-C and cleans up; wherever it meets us, we only go on waiting for it. A handler, not
+    # SIG_IGN, which the command would inherit.
+    signal.signal(signal.SIGINT, lambda *_: None)
     process = subprocess.Popen(command)
     while True:
         try:
@@ -30,8 +34,6 @@ def main(arguments: list[str]) -> int:
             break
         except subprocess.TimeoutExpired:
             peak_bytes = max(peak_bytes, tree_bytes(process.pid))
-        except KeyboardInterrupt:
-            continue  # the command got the same Ctrl-C and cleans up; we only wait for it
     wall_s = time.monotonic() - began
     print(
         f"{name}: {wall_s // 60:.0f} min {wall_s % 60:02.0f} s wall, {peak_bytes / 2**30:.2f} GiB peak memory",

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from benchmarks.results import ROOT
 
 # A parent that starts a child; each holds 150 MiB of pages of its own for two seconds.
@@ -34,8 +36,20 @@ def test_the_exit_code_of_the_command_is_passed_on() -> None:
     assert "the part: 0 min" in done.stdout
 
 
-def test_ctrl_c_lets_the_command_clean_up() -> None:
-    """The measurement outlives a Ctrl-C until the command has ended by itself."""
+SLOW_SAMPLE = """
+import sys, time
+from benchmarks import measure
+def tree_bytes(pid):
+    time.sleep(0.3)
+    return 1
+measure.tree_bytes, measure.INTERVAL_S = tree_bytes, 0.01
+sys.exit(measure.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("during", ["waiting", "sampling"])
+def test_ctrl_c_lets_the_command_clean_up(during: str) -> None:
+    """The measurement outlives a Ctrl-C, wherever it meets it, until the command has ended by itself."""
     code = """
 import signal, sys, time
 def clean_up(*_):
@@ -44,7 +58,10 @@ signal.signal(signal.SIGINT, clean_up)
 print("ready", flush=True)
 time.sleep(30)
 """
-    process = subprocess.Popen(_command(code), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    command = _command(code)
+    if during == "sampling":
+        command[1:3] = ["-c", SLOW_SAMPLE]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
