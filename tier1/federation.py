@@ -117,6 +117,11 @@ def open_federation(path: str | os.PathLike) -> Federation:
     config = load_tier1(path)
     if config.profile == "production" and config.log.servers().startswith(MEMORY):
         raise ConfigError(f"log.bootstrap = {config.log.servers()} is for tests: set the brokers of the production log")
+    if config.profile == "production" and config.governance.allow_unverified:
+        raise ConfigError(
+            "governance.allow_unverified = true lets anybody at a console decide, which is for profile: local: "
+            "set it to false and let approvers sign tokens"
+        )
     return Federation(config=config)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import structlog
 
-from fednested_lib.errors import EnvelopeError
-from fednested_lib.events import ModelAvailable, sign_event, verify_event
+from fednested_lib.events import ModelAvailable, sign_event
 from fednested_lib.failpoints import failpoint
 from tier1.federation import Federation
+from tier1.loops.anchors import require_whole_chain
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import Published
 
@@ -25,10 +25,12 @@ def publish_champion(fed: Federation) -> Published:
     Raises:
         PolicyDenied: this principal may not publish the model.
         SnapshotError: a blob of the champion is missing or corrupt: nothing is announced.
+        ChainCorrupt: the chain lacks what was announced or registered before.
         TransportError: the broker does not answer.
     """
     fed.authorise("publish", fed.model_resource)
     state = ensure_genesis(fed)
+    require_whole_chain(fed)
     champion = state.champion
     if champion.version not in state.approved:
         log.info("broadcast.no_champion", head=state.head.version)
@@ -46,17 +48,3 @@ def publish_champion(fed: Federation) -> Published:
     fed.log.append(TOPIC, key=b"champion", value=event.to_bytes(), headers=sign_event(event, fed.signer))
     log.info("broadcast.published", version=champion.version, blobs=len(champion.blobs), size_bytes=n_bytes)
     return Published(version=champion.version, snapshot=snapshot, n_blobs=len(champion.blobs) + 1, n_bytes=n_bytes)
-
-
-def last_announced(fed: Federation) -> ModelAvailable | None:
-    """Return the newest champion announced under our own signature: an anchor outside the chain."""
-    low, high = fed.log.watermarks(TOPIC)[0]
-    newest = None
-    for record in fed.log.read(TOPIC, {0: (low, high)}):
-        try:
-            event = verify_event(record.value, dict(record.headers), fed.signer.public_key)
-        except EnvelopeError:
-            continue  # somebody else's record says nothing about our chain
-        if isinstance(event, ModelAvailable):
-            newest = event
-    return newest

@@ -16,14 +16,14 @@ from pathlib import Path
 import structlog
 
 from fednested_lib.blobs import write_durable
-from fednested_lib.errors import ChainError
+from fednested_lib.errors import ChainError, LogError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.federation import Federation
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
 from tier1.versions.candidates import save_candidate
-from tier1.versions.dense_update import make_dense, verify_dense
+from tier1.versions.dense_update import make_dense
 from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
 
 log = structlog.get_logger()
@@ -160,20 +160,29 @@ def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[s
 
 
 def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
-    """Fold a published dense delta into head.
+    """Fold a published dense delta into head, as its record in the log says it.
 
     Raises:
         PolicyDenied: the trainer may not aggregate from this topic.
-        EnvelopeError: the update's signature does not hold.
+        EnvelopeError: the update is altered, unsigned, or was trained on a version that this chain does not have.
+        LogError: the log no longer holds the record.
+        ChainError: this home knows nothing of the run.
     """
+    from tier1.versions.admission import admit_dense
     from tier1.versions.build import fold_candidate
 
-    record = json.loads(_dense_path(fed, ref.update_id).read_bytes())
-    dense = DenseInput.model_validate(record["dense"])
-    verify_dense(dense, fed.config.identity.trusted)
+    receipt = _receipt(fed, ref.update_id)
     grant = fed.authorise("aggregate", f"topic:{TOPIC}")
+    state, place = fed.chain.state(), receipt["dense"]
+    found = fed.log.read(TOPIC, {place["partition"]: (place["offset"], place["offset"] + 1)})
+    dense = admit_dense(next(iter(found)), state, fed.config.identity.trusted)
+    if dense.update_id != ref.update_id:
+        raise LogError(
+            f"{TOPIC}[{place['partition']}] offset {place['offset']} holds update {dense.update_id[:12]}, the run "
+            f"published {ref.update_id[:12]}: the log re-used offsets; restore it or run core_update again under a new name"
+        )
     candidate = fold_candidate(
-        fed.chain.state().head,
+        state.head,
         Inputs(dense=dense),
         rates=fed.config.rates,
         settings=fed.config.aggregation,
@@ -181,11 +190,27 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
         payloads=fed.payloads,
         trainer=fed.config.identity.principal,
         authorisation=grant.id,
-        lineage=record["lineage"],
+        lineage=receipt["lineage"],
     )
     digest = save_candidate(fed.home, candidate)
     log.info("core_update.folded", candidate=digest, head=candidate.parent_version, base=dense.base_version)
     return CandidateRef(digest=digest, parent_version=candidate.parent_version, n_accepted=1, n_refused=0)
+
+
+def _receipt(fed: Federation, update_id: str) -> dict:
+    path = _dense_path(fed, update_id)
+    try:
+        receipt = json.loads(path.read_bytes())
+        return {"dense": DenseInput.model_validate(receipt["dense"]).model_dump(), "lineage": list(receipt["lineage"])}
+    except FileNotFoundError as error:
+        raise ChainError(
+            f"dense update {update_id[:12]} was not published from {fed.home}: run core_update here"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ChainError(
+            f"receipt {path} of dense update {update_id[:12]} was altered: delete it and run core_update again under "
+            "its name"
+        ) from error
 
 
 def _dense_path(fed: Federation, update_id: str) -> Path:

@@ -22,6 +22,7 @@ from tier1.evaluation.suites import SuiteRegistry, SuiteResult
 from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput, parse_decision
 from tier1.governance.ports import AccessDecision, AccessRequest
+from tier1.loops.anchors import require_whole_chain
 from tier1.loops.genesis import now_text
 from tier1.loops.records import CandidateRef, Outcome, Settled
 from tier1.loops.views import sync_views
@@ -67,6 +68,7 @@ def settle_candidate(fed: Federation, candidate: CandidateRef) -> Settled:
         ChainCorrupt: the chain is damaged.
     """
     if fed.chain.exists():
+        require_whole_chain(fed)
         refold_pending(fed)  # what an interrupted rejection left to do
     ref = candidate if candidate.digest else newest_candidate(fed)
     if not ref.digest:
@@ -199,6 +201,7 @@ def decide(fed: Federation, settled: Settled, answer: str, channel: str) -> Outc
         manifest_digest=settled.manifest,
         channel="flag" if channel == "flag" else "console",
     )
+    require_whole_chain(fed)
     done = _decided_already(fed, settled, decision)
     if done is not None:
         return done
@@ -248,20 +251,25 @@ def _approve(fed: Federation, settled: Settled, decision: DecisionInput) -> Outc
 
 
 def promotion_evidence(fed: Federation, number: int, decision: DecisionInput, access: AccessDecision | None):
-    """Collect what the promotion checklist looks at, from the chain and the lineage outbox."""
+    """Collect what the promotion checklist looks at, from the chain and the lineage outbox.
+
+    Approving a version makes everything it is built on champion as well, so trainers, lineage and gates are those of
+    every version from the champion (exclusive) to the decided one.
+    """
     from tier1.governance.promotion import PromotionEvidence
 
-    view = fed.chain.state().versions[number]
-    sealed = fed.chain.entries()[view.seq]
-    candidate = sealed.entry.body.candidate
-    gates = [one.gate for one in sealed.entry.body.tries if one.outcome == "passed"]
-    trainers = {candidate.trainer} | ({candidate.inputs.dense.trainer} if candidate.inputs.dense else set())
+    state, entries = fed.chain.state(), fed.chain.entries()
+    view = state.versions[number]
+    promoted = [entries[each.seq] for each in view.lineage() if each.version > 0 and not _counts(state, each.version)]
+    sealed = entries[view.seq]
+    candidates = [each.entry.body.candidate for each in promoted] or [sealed.entry.body.candidate]
+    lineage = tuple(dict.fromkeys(name for candidate in candidates for name in candidate.lineage))
     return PromotionEvidence(
         version=number,
         manifest_digest=view.digest,
-        candidate_digest=candidate.digest(),
+        candidate_digest=sealed.entry.body.candidate.digest(),
         model=fed.model_resource,
-        trainers=frozenset(trainers),
+        trainers=frozenset(name for candidate in candidates for name in _trainers(candidate)),
         signed_message=sealed.entry.signed_part(),
         signature=sealed.entry.signature,
         signer=sealed.entry.signer,
@@ -269,10 +277,24 @@ def promotion_evidence(fed: Federation, number: int, decision: DecisionInput, ac
         decision=decision,
         access=access,
         allow_unverified=fed.config.governance.allow_unverified,
-        gate=gates[-1] if gates else None,
-        lineage=tuple(candidate.lineage),
-        lineage_missing=fed.lineage.missing(candidate.lineage),
+        gate=_passed_gate(sealed) if all(_passed_gate(each) for each in promoted) else None,
+        # A promoted version without any record counts as missing, not as having nothing to record.
+        lineage=lineage if all(candidate.lineage for candidate in candidates) else (),
+        lineage_missing=fed.lineage.missing(lineage),
     )
+
+
+def _counts(state: ChainState, number: int) -> bool:
+    """Tell whether a version is part of what was approved before: the champion or one it is built on."""
+    return state.champion.descends_from(number)
+
+
+def _trainers(candidate: Candidate) -> set[str]:
+    return {candidate.trainer} | ({candidate.inputs.dense.trainer} if candidate.inputs.dense else set())
+
+
+def _passed_gate(sealed: Sealed) -> GateRecord | None:
+    return next((one.gate for one in reversed(sealed.entry.body.tries) if one.outcome == "passed"), None)
 
 
 def _append_decision(fed: Federation, settled: Settled, decision: DecisionInput, access: AccessDecision) -> None:
@@ -345,7 +367,7 @@ def refold_pending(fed: Federation) -> list[int]:
     while pending := fed.chain.state().pending:
         candidate = pending[0].entry.body.candidate
         state = fed.chain.state()
-        again = refold(candidate, state, fed.config.rates, blobs=fed.blobs, payloads=fed.payloads)
+        again = refold(candidate, state, candidate.rates, blobs=fed.blobs, payloads=fed.payloads)
         save_candidate(fed.home, again)
         sealed = _settle(fed, again)
         if sealed is not None and isinstance(sealed.entry.body, Version):

@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Iterator
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.errors import ChainCorrupt, TransportError
+from fednested_lib.errors import ChainCorrupt, SnapshotError
 from tier1.federation import Federation
-from tier1.governance.registry import check_anchor
-from tier1.loops.broadcast import last_announced
+from tier1.loops.anchors import check_end
 from tier1.versions.audit import AuditRow, audit
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
 
@@ -17,11 +16,14 @@ from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_l
 def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str]:
     """Rebuild versions from genesis and the archived inputs and compare every blob; one line each.
 
+    Blobs of the store that are missing or corrupt are put back from what was rebuilt to the same digest.
+
     Raises:
         ChainCorrupt: a rebuilt blob differs, or evidence does not hold; named.
     """
-    yield from _check_end(fed)
+    yield from check_end(fed)
     scratch = fed.home / "replay"
+    target = BlobStore(scratch)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         wanted = None if version is None else [version]
@@ -30,7 +32,7 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
             wanted,
             payloads=fed.payloads,
             genesis=fed.blobs,
-            target=BlobStore(scratch),
+            target=target,
             originals=fed.blobs,
             devices=fed.config.devices,
         )
@@ -45,27 +47,22 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
                 )
             if result.largest_difference is not None:
                 line = f"{line}, largest difference {result.largest_difference:.2e}"
-            yield line
+            restored = _restore(fed, result.version, target) if result.verdict == "identical" else 0
+            yield f"{line}, {restored} missing or corrupt ones restored" if restored else line
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _check_end(fed: Federation) -> Iterator[str]:
-    """Compare the chain's end with the anchors outside it: the registry's tag and the last announced champion."""
-    entries = [sealed.digest for sealed in fed.chain.entries()]
-    try:
-        check_anchor(fed.registry.anchor(), entries)
-        yield "anchor: the chain holds the head that the registry remembers"
-    except TransportError as error:
-        yield f"anchor: NOT compared with the registry, which does not answer ({error})"
-    try:
-        announced = last_announced(fed)
-    except TransportError as error:
-        yield f"control topic: NOT compared, the log does not answer ({error})"
-        return
-    if announced is not None:
-        fed.chain.verify_anchor(announced.chain_seq, announced.chain_head)
-        yield f"control topic: the chain holds the head that was announced with version {announced.version}"
+def _restore(fed: Federation, version: int, rebuilt: BlobStore) -> int:
+    """Put back the stored blobs of a version that are missing or corrupt; return how many."""
+    restored = 0
+    for digest in set(fed.chain.state().versions[version].blobs.values()):
+        try:
+            fed.blobs.get(digest)
+        except SnapshotError:
+            fed.blobs.put(rebuilt.get(digest))
+            restored += 1
+    return restored
 
 
 def verify_all(fed: Federation) -> Iterator[str]:
@@ -75,7 +72,7 @@ def verify_all(fed: Federation) -> Iterator[str]:
         FednestedError: the first thing that does not hold, named.
     """
     yield f"chain: {len(fed.chain.entries())} entries, signatures and links hold"
-    yield from _check_end(fed)
+    yield from check_end(fed)
     yield f"archive: {verify_archive(fed.chain, fed.payloads)} archived inputs (envelopes, payloads, delta slices) hold"
     checks = verify_log(fed.chain, fed.log)
     same = sum(check.status == "same" for check in checks)

@@ -30,7 +30,26 @@ def evaluation_html(fed: Federation, settled: Settled) -> str:
         f"<h3>Automatic gate {verdict} after {len(tries)} tries</h3>"
         f"<p>{escape(gate.reason)}. Losses are nats per token on held-out text.</p>"
         f"<table><tr><th>suite</th><th>before</th><th>after</th><th>change</th><th>bound</th><th></th></tr>{rows}</table>"
-        f"<p>{escape(_try_text(tries))}</p>"
+        f"<p>{escape(_try_text(tries))}</p>{_against_champion(fed, settled)}"
+    )
+
+
+def _against_champion(fed: Federation, settled: Settled) -> str:
+    """Return the change since the champion: several versions may have passed their gates since, each a little worse."""
+    from tier1.loops.evaluate_and_promote import losses_of
+
+    state = fed.chain.state()
+    if settled.status != "head" or state.champion.version in (0, settled.version):
+        return ""
+    before, after = (losses_of(fed, state.versions[number]) for number in (state.champion.version, settled.version))
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{_number(before.get(name))}</td><td>{_number(loss)}</td>"
+        f"<td>{_change(before.get(name), loss)}</td></tr>"
+        for name, loss in sorted(after.items())[:MAX_ROWS]
+    )
+    return (
+        f"<h3>Since the champion, version {state.champion.version}</h3>"
+        f"<table><tr><th>suite</th><th>champion</th><th>this version</th><th>change</th></tr>{rows}</table>"
     )
 
 

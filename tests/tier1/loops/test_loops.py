@@ -1,10 +1,16 @@
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
 
-from fednested_lib.errors import ChainConflict, GovernanceError, PolicyDenied
+import pytest
+import yaml
+
+from fednested_lib.errors import ChainConflict, ChainCorrupt, ConfigError, EnvelopeError, GovernanceError, PolicyDenied
 from fednested_lib.events import parse_event
-from tests.federation import Device, make_federation
+from fednested_lib.signing import Signer
+from tests.federation import Device, make_federation, make_workspace
+from tier1.federation import open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.broadcast import publish_champion
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
@@ -222,3 +228,85 @@ def test_a_candidate_whose_cut_was_overtaken_is_passed_over(fed):
     assert settled.version == 2
     settled, outcome = fast_round(fed, answer="")
     assert (settled.status, outcome.verdict) == ("nothing", "nothing")
+
+
+def test_a_trainer_cannot_promote_their_own_version_under_somebody_elses(tmp_path):
+    """Approving version 2 makes its unapproved parent champion too, so the parent's trainer may not approve it."""
+    from tier1.governance.approvals import issue
+
+    config = make_workspace(tmp_path)
+    alice = Signer.load(tmp_path / "keys/approver.key")
+    document = yaml.safe_load(config.read_text())
+    document["governance"] |= {"allow_unverified": False}
+    document["identity"]["principal"] = "secops"  # alice is an approver and trains the core
+    (tmp_path / "policy.yaml").write_text(
+        (tmp_path / "policy.yaml").read_text().replace("[trainer]", "[trainer, secops]")
+    )
+    config.write_text(yaml.safe_dump(document))
+    hers = open_federation(config)
+    assert settle_candidate(hers, core_round(hers)).version == 1
+    document["identity"]["principal"] = "trainer"
+    config.write_text(yaml.safe_dump(document))
+    fed = open_federation(config)
+    Device(fed, "ann").send(base=1)
+    settled = settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    token = issue(alice, verdict="approve", manifest_digest=settled.manifest, approver="secops", issued_at=1)
+    outcome = decide(fed, settled, token, "console")
+    assert (outcome.verdict, fed.chain.state().champion.version) == ("blocked", 0)
+    assert "two_persons" in outcome.reason
+
+
+def test_a_chain_whose_end_was_cut_off_is_refused_before_anything_is_built_on_it(fed):
+    """Deleting the last entry is noticed by anchor before a fork or an announcement can be made."""
+    Device(fed, "ann").send()
+    fast_round(fed)
+    publish_champion(fed)
+    entries = sorted(fed.chain.root.glob("*.json"))
+    entries[-1].unlink()
+    for call in (lambda: settle_candidate(fed, newest_candidate(fed)), lambda: publish_champion(fed)):
+        with pytest.raises(ChainCorrupt, match="restore"):
+            call()
+    assert sorted(fed.chain.root.glob("*.json")) == entries[:-1]
+
+
+def test_a_dense_delta_of_another_chain_is_refused(fed, tmp_path):
+    """A delta trained on weights that this chain does not have is not folded, whoever signed it."""
+    from tier1.versions.dense_update import make_dense, parse_dense
+
+    data = pack_datasets(fed, authorise_training(fed, "r9"))
+    ref = train_delta(fed, data, "r9")
+    _, high = fed.log.watermarks("updates.tier1")[0]
+    record = next(iter(fed.log.read("updates.tier1", {0: (high - 1, high)})))
+    fields = parse_dense(record.value).model_dump(exclude={"format", "update_id", "signer", "signature"})
+    foreign = make_dense(fed.signer, **{**fields, "base_digest": "0" * 64})
+    place = fed.log.append("updates.tier1", key=b"r9", value=foreign.to_bytes(), headers={})
+    receipt = fed.home / "dense" / f"{ref.update_id}.json"
+    text = (
+        receipt.read_text()
+        .replace(ref.update_id, foreign.update_id)
+        .replace(f'"offset":{high - 1}', f'"offset":{place[1]}')
+    )
+    (fed.home / "dense" / f"{foreign.update_id}.json").write_text(text)
+    with pytest.raises(EnvelopeError, match="base version"):
+        fold_dense(fed, replace(ref, update_id=foreign.update_id))
+
+
+def test_replay_puts_lost_blobs_back(fed):
+    """A blob that was deleted and one that was altered are restored from the archived inputs."""
+    Device(fed, "ann").send()
+    fast_round(fed)
+    genesis = set(fed.chain.state().versions[0].blobs.values())
+    lost, altered = sorted(set(fed.chain.state().head.blobs.values()) - genesis)[:2]
+    Path(fed.blobs.location(lost)).unlink()
+    Path(fed.blobs.location(altered)).write_bytes(b"x")
+    assert any("restored" in line for line in replay_versions(fed))
+    assert fed.blobs.get(lost)
+    assert fed.blobs.get(altered)
+
+
+def test_production_refuses_unverified_decisions(tmp_path):
+    """The local example's allow_unverified does not open in production."""
+    config = make_workspace(tmp_path, bootstrap="127.0.0.1:9092")
+    config.write_text(config.read_text().replace("profile: local", "profile: production"))
+    with pytest.raises(ConfigError, match="allow_unverified"):
+        open_federation(config)
