@@ -48,8 +48,8 @@ demo: $(STAMP) ## Run the nested federation on this machine (DATA=dir of *.jsonl
 	@$(PY) -m benchmarks.measure "the demo" -- $(PY) -m examples.shakespeare \
 	  $(if $(DATA),--data '$(DATA)') $(if $(SEED),--seed $(SEED))
 
-test: $(STAMP) ## Run the tests (TESTS=path or -k expression to choose)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(TESTS)
+test: $(STAMP) ## Run the tests (TESTS=path or -k expression to choose; WORKERS=0 for one process)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile $(TESTS)
 
 check: lint imports claims wheel-test ## The one command before a push: lint, import arrows, README claims, the wheel
 

@@ -43,7 +43,7 @@ def suite() -> Suite:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         began, peak = time.monotonic(), 0
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"],
+            [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", f"--junitxml={report}"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
 """Anchors: the chain's end as others remember it, compared before anything is built on it.
 
 No hash link shows that the end of a chain was cut off. The registry's tag and the last champion announced under our
-own signature do; they lie outside the chain. A chain that lacks what they name is refused before a fork can be appended.
+own signature do; they lie outside the chain. A chain that lacks what they name is refused before a fork can grow.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
     if dense.update_id != ref.update_id:
         raise LogError(
             f"{TOPIC}[{place['partition']}] offset {place['offset']} holds update {dense.update_id[:12]}, the run "
-            f"published {ref.update_id[:12]}: the log re-used offsets; restore it or run core_update again under a new name"
+            f"published {ref.update_id[:12]}: the log re-used offsets; restore it or run core_update under a new name"
         )
     candidate = fold_candidate(
         state.head,
