@@ -24,6 +24,7 @@ def ensure_genesis(fed: Federation) -> ChainState:
     """Return the chain's state, making genesis first if the chain is empty.
 
     Raises:
+        PolicyDenied: this principal may not train on a governed dataset; nothing is read.
         DataError: the tier-1 text is missing or too small for the vocabulary.
         ConfigError: model.config makes no model.
     """
@@ -42,6 +43,8 @@ def _genesis(fed: Federation) -> Genesis:
     from tier1.training.tokenizer import train_tokenizer
 
     settings, datasets = fed.config.model, fed.config.core.datasets
+    for name in sorted(datasets):  # the tokenizer is trained on them: all are asked for before any is read
+        fed.authorise("train", f"dataset:{name}", purpose="core-update")
     texts = (text for name in sorted(datasets) for text in read_texts(datasets[name])[0])
     tokenizer = fed.blobs.put(train_tokenizer(texts, settings.vocab_size))
     shape = {
