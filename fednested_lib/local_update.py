@@ -197,7 +197,7 @@ class LocalTrainer:
             texts, bad = read_texts(path)
             if bad:
                 _log.warning("client.bad_rows", file=name, count=len(bad), line=bad[0].line, reason=bad[0].reason)
-            rows[name] = pack(texts, tokenizer, self.config.training.seq_len)
+            rows[name] = pack(texts, tokenizer, self.config.training.seq_len, source=path, key="training.seq_len")
         return rows
 
     def _heldout_loss(self) -> float | None:

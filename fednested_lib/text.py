@@ -172,7 +172,14 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     )
 
 
-def pack(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> np.ndarray:
+def pack(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    *,
+    source: str | Path = "text",
+    key: str = "training.seq_len",
+) -> np.ndarray:
     """Join texts by end-of-text and cut the stream into rows.
 
     The rest of less than seq_len tokens at the end is dropped.
@@ -181,6 +188,8 @@ def pack(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> np.ndarray
         texts: in order.
         tokenizer: of the snapshot.
         seq_len: predicted tokens per row, ≥ 1.
+        source: the file, named in the error.
+        key: where the configuration sets seq_len, named in the error.
 
     Returns:
         int32 [n, seq_len + 1]; row i starts with the last token of row i − 1.
@@ -194,7 +203,7 @@ def pack(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> np.ndarray
     n = (len(stream) - 1) // seq_len
     if n < 1:
         raise DataError(
-            f"text has {len(stream)} tokens, needs at least {seq_len + 1}: add data or lower training.seq_len"
+            f"{source} has {len(stream)} tokens, needs at least {seq_len + 1} ({key} + 1): add text or lower {key}"
         )
     return np.stack([stream[i * seq_len : (i + 1) * seq_len + 1] for i in range(n)])
 

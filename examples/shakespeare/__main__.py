@@ -139,7 +139,7 @@ def _free_port() -> int:
 def _prepare(target: Path, data: Path | None, settings: DemoSettings) -> Corpus:
     if data is None:
         return plays.prepare(target, settings.seed, n_devices=settings.n_devices)
-    return plays.prepare_from_files(data, target, settings.seed)
+    return plays.prepare_from_files(data, target, settings.seed, seq_len=settings.seq_len)
 
 
 def _configure(run_dir: Path, corpus: Corpus, settings: DemoSettings, servers: EmbeddedServers) -> tuple[Path, Path]:

@@ -35,6 +35,7 @@ TIER1_SHARE = 0.2
 TIER1_GENRE = "comedies"
 TIER1_FILE = "tier1.jsonl"
 MIN_ROWS = 10
+BYTES_PER_TOKEN = 4
 
 _SPEAKER = re.compile(r"^\*\*(.+?)\*\*\s*$")
 _STAGE_DIRECTION = re.compile(r"_[^_]*_")
@@ -93,7 +94,7 @@ def prepare(target_dir: Path, seed: int, *, n_devices: int = 7, tier1_genre: str
     return _write(target_dir, files)
 
 
-def prepare_from_files(data_dir: Path, target_dir: Path, seed: int = 0) -> Corpus:
+def prepare_from_files(data_dir: Path, target_dir: Path, seed: int = 0, *, seq_len: int) -> Corpus:
     """Lay out the user's own data: one device per ``*.jsonl`` file of ``data_dir``.
 
     Tier 1 starts from ``tier1.jsonl`` when there is one (that file is then no device); otherwise from the first 20 % of
@@ -103,9 +104,11 @@ def prepare_from_files(data_dir: Path, target_dir: Path, seed: int = 0) -> Corpu
         data_dir: Holds the files; a row is ``{"text": …}`` or ``{"prompt": …, "completion": …}``.
         target_dir: Directory to write below; files of an earlier call are replaced.
         seed: Of the held-out split.
+        seq_len: Predicted tokens per row of training and evaluation; every part must fill at least one row.
 
     Raises:
-        DataError: No file, two files of one client name, or a file with fewer than 10 readable rows.
+        DataError: No file, two files of one client name, a file with fewer than 10 readable rows, or with less text
+            than one row of tokens for training or for the held-out lines.
     """
     sources = _client_files(data_dir)
     shared = data_dir / TIER1_FILE if (data_dir / TIER1_FILE).is_file() else None
@@ -127,6 +130,11 @@ def prepare_from_files(data_dir: Path, target_dir: Path, seed: int = 0) -> Corpu
             train=f"devices/{client}/train.jsonl",
             heldout=f"suites/device-{client}.jsonl",
         )
+        _require_text(source, "training", files[f"devices/{client}/train.jsonl"], seq_len)
+        _require_text(source, "the held-out lines", files[f"suites/device-{client}.jsonl"], seq_len)
+    origin = shared or data_dir
+    _require_text(origin, "tier 1's training", files["tier1/train.jsonl"], seq_len)
+    _require_text(origin, "tier 1's held-out lines", files["suites/tier1.jsonl"], seq_len)
     return _write(target_dir, files)
 
 
@@ -225,6 +233,16 @@ def _split(
         held_out = {len(rows) - 1}
     for i, row in enumerate(rows):
         files.setdefault(heldout if i in held_out else train, []).append(row)
+
+
+def _require_text(source: Path, use: str, rows: Sequence[dict[str, str]], seq_len: int) -> None:
+    """Check before the tokenizer exists that a part fills one row; a token that is longer on average is rare."""
+    n_bytes, n_needed = sum(len(row["text"].encode("utf-8")) for row in rows), BYTES_PER_TOKEN * (seq_len + 1)
+    if n_bytes < n_needed:
+        raise DataError(
+            f"{source} gives {use} {len(rows)} rows with {n_bytes} bytes of text, needs at least {n_needed} "
+            f"({BYTES_PER_TOKEN} bytes for each of {seq_len + 1} tokens): add rows or longer rows"
+        )
 
 
 def _is_in_share(seed: int, place: str, share: float) -> bool:

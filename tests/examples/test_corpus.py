@@ -126,7 +126,7 @@ def test_own_files_become_devices_and_share_their_first_fifth(tmp_path):
     """Guards the split of user data without tier1.jsonl: each row is in one file, the first fifth in tier 1's."""
     write_rows(tmp_path / "in" / "My Device.jsonl", 50)
     write_rows(tmp_path / "in" / "other.jsonl", 50)
-    corpus = prepare_from_files(tmp_path / "in", tmp_path / "out")
+    corpus = prepare_from_files(tmp_path / "in", tmp_path / "out", seq_len=1)
     assert set(corpus.devices) == {"my-device", "other"}
     files = [corpus.tier1, *corpus.devices.values(), *corpus.suites.values()]
     texts = [row["text"] for path in files for row in rows(path)]
@@ -139,7 +139,7 @@ def test_a_tier1_file_is_no_device_and_spares_the_devices(tmp_path):
     """Guards that with tier1.jsonl no row of a device leaves it."""
     write_rows(tmp_path / "in" / "tier1.jsonl", 20)
     write_rows(tmp_path / "in" / "a.jsonl", 20)
-    corpus = prepare_from_files(tmp_path / "in", tmp_path / "out")
+    corpus = prepare_from_files(tmp_path / "in", tmp_path / "out", seq_len=1)
     assert set(corpus.devices) == {"a"}
     assert all(row["text"].startswith("tier1") for path in (corpus.tier1, corpus.suites["tier1"]) for row in rows(path))
     assert len(rows(corpus.devices["a"])) + len(rows(corpus.suites["device-a"])) == 20
@@ -148,10 +148,10 @@ def test_a_tier1_file_is_no_device_and_spares_the_devices(tmp_path):
 def test_prompt_and_completion_become_text_and_bad_rows_are_set_aside_without_their_value(tmp_path):
     """Guards that an unreadable row is reported by place and reason only, and does not stop the others."""
     path = tmp_path / "in" / "a.jsonl"
-    write_rows(path, 20)
+    write_rows(path, 20, stem="longer row")
     with path.open("ab") as file:
         file.write(b'{"prompt": "p", "completion": "c"}\nsecret words\n\xff\xfe\n')
-    corpus = prepare_from_files(tmp_path / "in", tmp_path / "out")
+    corpus = prepare_from_files(tmp_path / "in", tmp_path / "out", seq_len=1)
     assert corpus.n_set_aside == 2
     set_aside = (tmp_path / "out" / "set_aside.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line)["line"] for line in set_aside.splitlines()] == [22, 23]
@@ -178,4 +178,26 @@ def test_unusable_data_directories_are_refused(tmp_path, files, message):
     if files == {}:
         (tmp_path / "in").mkdir()
     with pytest.raises(DataError, match=message):
-        prepare_from_files(tmp_path / "in", tmp_path / "out")
+        prepare_from_files(tmp_path / "in", tmp_path / "out", seq_len=1)
+
+
+@pytest.mark.parametrize(
+    ("short", "use"),
+    [("b.jsonl", "the held-out lines"), ("tier1.jsonl", "tier 1's held-out lines")],
+)
+def test_a_file_with_too_little_text_is_named_before_anything_starts(tmp_path, short, use):
+    """Guards that a short file is named with what it has and needs, and not by an evaluation minutes later."""
+    for name in ("a.jsonl", "b.jsonl", "tier1.jsonl"):
+        n = 100 if name == short else 400
+        write_rows(tmp_path / "in" / name, n)
+    with pytest.raises(DataError, match=rf"{short} gives {use} \d+ rows with \d+ bytes of text, needs at least 388"):
+        prepare_from_files(tmp_path / "in", tmp_path / "out", seq_len=96)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_rows_that_are_too_few_together_name_the_directory(tmp_path):
+    """Guards tier 1's part when it is made of a fifth of every device's rows."""
+    for name in ("a.jsonl", "b.jsonl"):
+        write_rows(tmp_path / "in" / name, 400)
+    with pytest.raises(DataError, match=r"/in gives tier 1's held-out lines .* needs at least \d+"):
+        prepare_from_files(tmp_path / "in", tmp_path / "out", seq_len=96)

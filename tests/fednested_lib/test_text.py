@@ -96,6 +96,8 @@ def test_too_little_text_is_an_error(tokenizer):
     """Less than one row of text names both lengths."""
     with pytest.raises(DataError, match="needs at least 101"):
         pack(["the cat"], tokenizer, seq_len=100)
+    with pytest.raises(DataError, match=r"^a\.jsonl has \d+ tokens.* lower evaluation\.seq_len$"):
+        pack(["the cat"], tokenizer, seq_len=100, source="a.jsonl", key="evaluation.seq_len")
     with pytest.raises(DataError, match="has 0 tokens"):
         pack([], tokenizer, seq_len=8)
 

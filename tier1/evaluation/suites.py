@@ -148,7 +148,7 @@ def pack_suite(path: Path, tokenizer: bytes, *, seq_len: int, max_tokens: int) -
     """
     texts, _ = read_texts(path)
     encoder = load_tokenizer(tokenizer)
-    rows = pack(texts, encoder, seq_len)
+    rows = pack(texts, encoder, seq_len, source=path, key="evaluation.seq_len")
     chosen = rows[evenly_spaced(len(rows), max(1, max_tokens // seq_len))]
     text_tokens = int((rows[:, 1:] != end_of_text_id(encoder)).sum())
     chosen_tokens = int((chosen[:, 1:] != end_of_text_id(encoder)).sum())

@@ -168,7 +168,7 @@ def _pack(sources: Mapping[str, Path], tokenizer: Tokenizer, seq_len: int, path:
                     n_bytes += sum(len(text.encode("utf-8")) for text in texts)
                     for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                         stream.write(np.asarray([*encoding.ids, end], dtype=np.int32).tobytes())
-        n_rows = _cut_rows(stream_path, seq_len, rows_path)
+        n_rows = _cut_rows(stream_path, seq_len, rows_path, source=", ".join(map(str, sources.values())))
         os.replace(rows_path, path)
     finally:
         stream_path.unlink(missing_ok=True)
@@ -177,12 +177,13 @@ def _pack(sources: Mapping[str, Path], tokenizer: Tokenizer, seq_len: int, path:
     return counts, set_aside
 
 
-def _cut_rows(stream_path: Path, seq_len: int, target: Path) -> int:
+def _cut_rows(stream_path: Path, seq_len: int, target: Path, *, source: str) -> int:
     n_tokens = stream_path.stat().st_size // 4
     n_rows = (n_tokens - 1) // seq_len
     if n_rows < 1:
         raise DataError(
-            f"the datasets have {n_tokens} tokens, need at least {seq_len + 1}: add text or lower core.seq_len"
+            f"{source} has {n_tokens} tokens, needs at least {seq_len + 1} (core.seq_len + 1): "
+            "add text or lower core.seq_len"
         )
     stream = np.memmap(stream_path, dtype=np.int32, mode="r")
     windows = np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len][:n_rows]

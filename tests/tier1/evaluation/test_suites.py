@@ -149,5 +149,5 @@ def test_unusable_suites_are_refused(tmp_path, model, tokenizer):
     empty = write(tmp_path / "empty.jsonl", [])
     with pytest.raises(DataError, match="empty"):
         SuiteRegistry(tmp_path / "registry").register({"a": empty})
-    with pytest.raises(DataError, match="needs at least 17"):
+    with pytest.raises(DataError, match=r"short\.jsonl has \d+ tokens, needs at least 17 \(evaluation\.seq_len"):
         evaluate(model, {"s": write(tmp_path / "short.jsonl", ["hi"])}, tokenizer, seq_len=16, max_tokens=100)
