@@ -213,7 +213,8 @@ def _end_of_federation(config: Path) -> None:
     from fednested_lib.events import FederationEnd, sign_event
 
     fed = open_federation(config)
-    event = FederationEnd()
+    state = fed.chain.state()
+    event = FederationEnd(federation=state.federation, chain_seq=state.seq)
     fed.log.append(
         "control.federation_rounds", key=b"end", value=event.to_bytes(), headers=sign_event(event, fed.signer)
     )
@@ -325,7 +326,7 @@ def _report(
 
 
 def _status(standing: tuple[str, ...]) -> str:
-    return next((name for name in ("voided", "champion", "approved", "head") if name in standing), "waiting")
+    return next((name for name in ("voided", "champion", "approved", "head") if name in standing), "start")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -56,7 +56,7 @@ class DemoReport:
     device_suites: Sequence[str]
     bits_per_byte: Mapping[str, tuple[float, float]]
     gap: Mapping[str, float]
-    timings: Sequence[tuple[str, float, float]]  # part, seconds, peak MiB
+    timings: Sequence[tuple[str, float, float]]  # part, seconds, MiB of all processes at its end
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -219,7 +219,7 @@ def render_html(report: DemoReport) -> str:
         _section("Loss per domain, before and after", before_after, domains),
         _section("Who contributed what", ["version", "client", "sequence", "staleness", "weight ω"], contributors),
         _section("Against a centralised LoRA", ["quantity", "value"], gap),
-        _section("Time and memory", ["part", "seconds", "peak MiB"], timings),
+        _section("Time and memory", ["part", "seconds", "MiB at its end"], timings),
         _section("Proof", ["fact", "value"], facts),
         "</body></html>",
     ]

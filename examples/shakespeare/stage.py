@@ -25,7 +25,7 @@ MARKER = ".fednested-demo"
 
 @dataclass
 class Timings:
-    """Wall time and peak memory of each part of the demo."""
+    """Wall time of each part of the demo, and the memory of all its processes at the part's end."""
 
     rows: list[tuple[str, float, float]] = field(default_factory=list)
 
@@ -53,6 +53,8 @@ def clear(directory: Path) -> Path:
     (directory / MARKER).touch()
     return directory
 
+FEDERATION = "fednested"
+
 
 def write_tier1(
     run: Path, corpus: Corpus, settings: DemoSettings, *, bootstrap: str, registry: str
@@ -68,6 +70,7 @@ def write_tier1(
         "threads": settings.threads,
     }
     sections = {
+        "federation": FEDERATION,
         "log": {"bootstrap": bootstrap},
         "model": {"seed": settings.seed, "vocab_size": vocabulary(corpus.tier1.stat().st_size)},
         "core": core,
@@ -106,6 +109,7 @@ def write_tier2(run: Path, corpus: Corpus, settings: DemoSettings, *, bootstrap:
             heldout=corpus.suites[f"device-{client}"],
             home=run / "home",
             bootstrap=bootstrap,
+            federation=FEDERATION,
             control_key=control_key,
             pace_s=settings.slow_pace_s if client == slow else 0.0,
             settings=settings,
