@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from pathlib import Path
 from fednested_lib.errors import SnapshotError, StorageError, TransportError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.signing import sha256_hex
+
+# Errors that speak of one object, not of the store it lies in.
+_OF_ONE_OBJECT = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 
 
 def _refused(path: str | os.PathLike, error: OSError, size_bytes: int) -> StorageError:
@@ -109,43 +113,62 @@ class BlobStore:
     def put(self, data: bytes) -> str:
         """Store `data` durably; a blob that is there already is not written again.
 
+        In a local store the bytes that are there are compared, and replaced when they are others: whoever may write the
+        directory may have left anything under that name.
+
         Returns:
             The digest, 64 hex digits.
 
         Raises:
             StorageError: the disk is full or not writable.
-            TransportError: a remote store does not answer.
+            TransportError: a remote store does not answer, or has no such bucket.
         """
         digest = sha256_hex(data)
-        if self.has(digest):
-            return digest
+        place = self.location(digest)
         if self._local:
-            write_durable(self.location(digest), data)
-        else:
-            self._remote("write", digest, lambda: self._filesystem.pipe_file(self.location(digest), data))
+            if not _holds(place, data):
+                write_durable(place, data)
+        elif not self.has(digest):
+            try:
+                self._remote("write", digest, lambda: self._filesystem.pipe_file(place, data))
+            except FileNotFoundError as error:
+                raise TransportError(
+                    f"blob store {self.uri} does not exist, cannot write {digest}: create its bucket or directory, or "
+                    "fix the address"
+                ) from error
         return digest
 
-    def get(self, digest: str) -> bytes:
+    def get(self, digest: str, *, max_bytes: int | None = None) -> bytes:
         """Read and verify the blob of `digest`.
 
+        Args:
+            digest: 64 hex digits.
+            max_bytes: refuse a larger blob before reading it; None reads any.
+
         Raises:
-            SnapshotError: reason ``missing_blob`` or ``corrupt_blob``, with digest and place.
+            SnapshotError: about this blob, with digest and place: reason ``missing_blob``, ``corrupt_blob``,
+                ``oversize_blob`` or ``unreadable_blob`` (a directory, a pipe, no permission on it).
+            StorageError: the store's directory cannot be read, or the disk fails.
             TransportError: a remote store does not answer.
         """
         place = self.location(digest)
         try:
-            if self._local:
-                data = Path(place).read_bytes()
-            else:
-                data = self._remote("read", digest, lambda: self._filesystem.cat_file(place))
+            data = _read_file(place, max_bytes) if self._local else self._read_remote(digest, max_bytes)
         except FileNotFoundError as error:
             raise SnapshotError(
                 "missing_blob", f"blob {digest} is missing at {place}: restore it or replay the version"
             ) from error
+        except OverflowError as error:
+            raise SnapshotError(
+                "oversize_blob", f"blob {digest} at {place} must have at most {max_bytes} bytes, has {error}: remove it"
+            ) from None
         except OSError as error:
-            raise StorageError(
-                f"blob {digest} cannot be read at {place} ({error.strerror}): fix its permissions"
-            ) from error
+            problem = error.strerror or str(error)
+            if error.errno in _OF_ONE_OBJECT and self._readable():
+                raise SnapshotError(
+                    "unreadable_blob", f"blob {digest} cannot be read at {place} ({problem}): remove or restore it"
+                ) from error
+            raise StorageError(f"blob {digest} cannot be read at {place} ({problem}): fix its permissions") from error
         found = sha256_hex(data)
         if found != digest:
             raise SnapshotError(
@@ -173,6 +196,30 @@ class BlobStore:
             if len(name) == 64:
                 yield name
 
+    def _readable(self) -> bool:
+        """Tell whether the store as such answers, so that what failed is the one object."""
+        if self._local:
+            return os.path.isdir(self.uri) and os.access(self.uri, os.R_OK | os.X_OK)
+        try:
+            self._filesystem.ls(self.uri)
+        except Exception:  # whatever the back end raises: then it is not the object
+            return False
+        return True
+
+    def _read_remote(self, digest: str, max_bytes: int | None) -> bytes:
+        place = self.location(digest)
+        try:
+            if max_bytes is not None:
+                size = self._remote("look up", digest, lambda: self._filesystem.size(place))
+                if size is not None and size > max_bytes:
+                    raise OverflowError(size)
+            return self._remote("read", digest, lambda: self._filesystem.cat_file(place))
+        except TransportError as error:
+            cause = error.__cause__
+            if isinstance(cause, IsADirectoryError | PermissionError) and self._readable():
+                raise IsADirectoryError(errno.EISDIR, str(cause)) from error
+            raise
+
     def _remote(self, verb: str, digest: str, call):
         try:
             return call()
@@ -183,6 +230,30 @@ class BlobStore:
                 f"blob store {self.uri} failed to {verb} {digest} ({type(error).__name__}: {error}): "
                 "check the address and credentials"
             ) from error
+
+
+def _holds(place: str, data: bytes) -> bool:
+    """Tell whether a regular file at `place` holds exactly `data`; its size is compared first."""
+    try:
+        found = os.stat(place)
+        return stat.S_ISREG(found.st_mode) and found.st_size == len(data) and Path(place).read_bytes() == data
+    except OSError:  # absent or unreadable: writing it says why it cannot be, if it cannot
+        return False
+
+
+def _read_file(place: str, max_bytes: int | None) -> bytes:
+    """Read a regular file of bounded size; a pipe would block for ever, a device file would never end."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "not a regular file")
+        if max_bytes is None:
+            return file.read()
+        data = b"" if found.st_size > max_bytes else file.read(max_bytes + 1)
+        if max(found.st_size, len(data)) > max_bytes:
+            raise OverflowError(max(found.st_size, len(data)))
+        return data
 
 
 def _open_filesystem(uri: str):

@@ -402,7 +402,9 @@ def prune(store: BlobStore, snapshots: Collection[str]) -> int:
 def _discard_if_corrupt(store: BlobStore, digest: str) -> bool:
     try:
         store.get(digest)
-    except SnapshotError:
+    except SnapshotError as error:
+        if error.reason == "unreadable_blob":  # no file: a person has to look
+            raise
         Path(store.location(digest)).unlink(missing_ok=True)
         return True
     return False

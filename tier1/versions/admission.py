@@ -7,7 +7,8 @@ refusal has a machine-readable reason, and no record can stop the others:
     bad_envelope  unknown_client  wrong_key_epoch  bad_update_id  bad_signature     who says it
     duplicate  equivocation                                                         said before
     unknown_base  base_digest_mismatch                                              trained on what
-    payload_missing  payload_digest  payload_size  non_finite  ill_conditioned  …   what it says (and delta's reasons)
+    payload_missing  payload_unreadable  payload_size  payload_digest               where its bytes lie
+    non_finite  ill_conditioned  …                                                  what it says (and delta's reasons)
     too_stale                                                                       when
 
 Within a cut the lowest offset wins: the same update again is a duplicate, the same sequence number with other bytes is
@@ -42,6 +43,12 @@ log = structlog.get_logger()
 # Where factors cancel to a product this much smaller, rounding decides about its norm and the clip is void. Factors of
 # rank r without structure reach about √r times the norm of their product.
 MAX_CANCELLATION = 1e6
+PAYLOAD_REASONS = {
+    "missing_blob": "payload_missing",
+    "corrupt_blob": "payload_digest",
+    "oversize_blob": "payload_size",
+    "unreadable_blob": "payload_unreadable",
+}
 
 
 class Device(Protocol):
@@ -78,8 +85,8 @@ def admit(
         state: the chain; its head is the parent of the fold.
         devices: client id → registered device.
         settings: bound of staleness.
-        payloads: where devices put large payloads (claim check).
-        archive: where accepted envelopes and payloads are kept; may be the same store.
+        payloads: where devices put large payloads (claim check); whatever lies there is their word, no more.
+        archive: where accepted envelopes and payloads are kept; only tier 1 writes it.
 
     Raises:
         TransportError: a store does not answer; nothing is refused for that.
@@ -207,9 +214,9 @@ def _payload_of(record: Record, envelope: Envelope, payloads: BlobStore) -> byte
     if record.value:
         raise PayloadError("payload_size", f"a record with a claim check must be empty, has {len(record.value)} bytes")
     try:
-        return payloads.get(envelope.payload_sha256)
+        return payloads.get(envelope.payload_sha256, max_bytes=envelope.payload_bytes)
     except SnapshotError as error:
-        reason = {"missing_blob": "payload_missing", "corrupt_blob": "payload_digest"}.get(error.reason, error.reason)
+        reason = PAYLOAD_REASONS.get(error.reason, error.reason)
         raise PayloadError(reason, f"payload {envelope.payload_sha256[:12]} cannot be used: {error.reason}") from error
 
 

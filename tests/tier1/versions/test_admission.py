@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +159,25 @@ def test_corrupt_claim_check_is_refused_without_stopping_the_cut(scene):
     assert reasons(scene) == ["payload_digest"]
 
 
+PLANTED = {
+    "payload_unreadable": [lambda place: place.mkdir(), os.mkfifo, lambda place: place.symlink_to(place)],
+    "payload_size": [lambda place: place.touch() or os.truncate(place, 1 << 40)],
+    "payload_digest": [lambda place: place.touch()],
+}
+
+
+@pytest.mark.parametrize("reason", PLANTED)
+def test_what_lies_at_a_claim_check_cannot_stop_the_cut(scene, reason):
+    """A directory, pipe, link loop, huge or empty file at the claimed digest refuses that record alone."""
+    for sequence, plant in enumerate(PLANTED[reason]):
+        delta = random_delta(sequence, rank=16)
+        scene.send("ada", sequence, delta)
+        place = Path(scene.payloads.location(scene.envelope("ada", sequence, delta)[0].payload_sha256))
+        place.unlink()
+        plant(place)
+    assert reasons(scene) == [reason] * len(PLANTED[reason])
+
+
 def test_duplicates_and_equivocation_within_a_cut(scene):
     """The lowest offset wins: the same bytes again are a duplicate, other bytes under the same number equivocation."""
     first, second = random_delta(1), random_delta(2)
@@ -214,7 +235,7 @@ def test_unreachable_store_refuses_nobody(scene, monkeypatch):
     scene.send("ada", 0, random_delta(1, rank=16))
     for error in (TransportError("down"), StorageError("full")):
 
-        def fail(*_, error=error):
+        def fail(*_, error=error, **__):
             raise error
 
         monkeypatch.setattr(scene.payloads, "get", fail)
