@@ -159,14 +159,19 @@ class Client:
         except ContractError as error:
             _log.warning("control.ignored", reason=error.reason)
             return
-        if isinstance(event, FederationEnd):
+        if event.federation != self.config.federation:
+            _log.warning("control.ignored", reason="foreign_federation", federation=event.federation)
+        elif isinstance(event, FederationEnd) and self._is_current(event):
             self._ended = event
-        elif isinstance(event, ModelAvailable):
-            newest = max((each.chain_seq for each in (self._announced, self.state.model) if each), default=0)
-            if event.chain_seq < newest:  # an old announcement, sent again by somebody
-                _log.warning("control.ignored", reason="older_than_held", chain_seq=event.chain_seq, held=newest)
-                return
+        elif isinstance(event, ModelAvailable) and self._is_current(event):
             self._announced, self._ended = event, None
+
+    def _is_current(self, event: FederationEnd | ModelAvailable) -> bool:
+        """Tell whether an event is as new as the model held or announced; an older one was sent again by somebody."""
+        newest = max((each.chain_seq for each in (self._announced, self.state.model) if each), default=0)
+        if event.chain_seq < newest:
+            _log.warning("control.ignored", reason="older_than_held", chain_seq=event.chain_seq, held=newest)
+        return event.chain_seq >= newest
 
     def _fetch(self, event: ModelAvailable) -> None:
         manifest = SnapshotManifest.from_json(self.source.get(event.snapshot))
@@ -252,6 +257,7 @@ class Client:
             declaration,
             delta,
             policy=config.policy,
+            federation=config.federation,
             client_id=config.client_id,
             key_epoch=config.key_epoch,
             signer=self.signer,
@@ -261,6 +267,7 @@ class Client:
         if report is not None:
             self._telemetry.append(
                 TrainingTelemetry(
+                    federation=config.federation,
                     client_id=config.client_id,
                     sequence=job.sequence,
                     base_version=job.model.version,

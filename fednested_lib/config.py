@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fednested_lib.envelope import ClientId
+from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
 
@@ -75,6 +75,7 @@ class ControlConfig(Section):
 class Tier2Config(Section):
     """One device. Relative paths are relative to the file's directory."""
 
+    federation: FederationName = "fednested"
     client_id: ClientId
     key_epoch: int = Field(default=0, ge=0)
     key: Path
@@ -168,6 +169,7 @@ def resolve_uri(uri: str, base: Path) -> str:
 TIER2_EXAMPLE = """\
 # One device. Relative paths are relative to this file. Every key that is not here has a default
 # (docs/configuration.md).
+federation: fednested           # as in tier1.yaml; events and updates of others on the same log are not ours
 client_id: {client_id}
 key: device.key                 # Ed25519 seed of this device; its public key is registered at tier 1
 home: device-home               # state, outbox, snapshots

@@ -25,6 +25,7 @@ MAX_PAYLOAD_BYTES = 1 << 30
 ClientId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Digest = Annotated[str, Field(pattern=HEX64)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
+FederationName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Layer = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")]
 
 
@@ -49,6 +50,7 @@ class Envelope(BaseModel):
 
     format: Literal["fednested.update/1"] = "fednested.update/1"
     update_id: Digest
+    federation: FederationName
     client_id: ClientId
     key_epoch: int = Field(ge=0, le=1 << 31)
     sequence: int = Field(ge=0, le=1 << 53)
@@ -138,17 +140,26 @@ def parse_envelope(data: bytes) -> Envelope:
     return envelope
 
 
+def verify_update_id(envelope: Envelope) -> None:
+    """Check that the update id is derived from the content; whoever sent it.
+
+    Raises:
+        EnvelopeError: reason ``bad_update_id``.
+    """
+    if envelope.update_id != _content_id(envelope.model_dump(mode="json")):
+        raise EnvelopeError(
+            "bad_update_id", f"update id {envelope.update_id[:12]} does not match the envelope's content"
+        )
+
+
 def verify_envelope(envelope: Envelope, public_key: str) -> None:
     """Check content id and signature.
 
     Raises:
         EnvelopeError: reason ``bad_update_id`` or ``bad_signature``.
     """
+    verify_update_id(envelope)
     fields = envelope.model_dump(mode="json")
-    if envelope.update_id != _content_id(fields):
-        raise EnvelopeError(
-            "bad_update_id", f"update id {envelope.update_id[:12]} does not match the envelope's content"
-        )
     if not verify(public_key, envelope.signature, _signed_part(fields)):
         raise EnvelopeError(
             "bad_signature",

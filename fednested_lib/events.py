@@ -1,7 +1,7 @@
 """Events on the control topic and telemetry, as strict, closed records.
 
 `control.federation_rounds` has one partition, so its order is total. Control events are signed by tier 1: a device acts
-on no event whose signature its pinned key does not verify.
+on no event whose signature its pinned key does not verify, nor on one of another federation on the same log.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from fednested_lib.envelope import ClientId, Digest
+from fednested_lib.envelope import ClientId, Digest, FederationName
 from fednested_lib.errors import EnvelopeError
 from fednested_lib.signing import Signer, canonical_json, verify
 
@@ -19,6 +19,8 @@ SIGNATURE_HEADER = "fednested-signature"
 
 class _Event(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    federation: FederationName
 
     def to_bytes(self) -> bytes:
         """Return canonical bytes."""
@@ -45,9 +47,10 @@ class RoundStart(_Event):
 
 
 class FederationEnd(_Event):
-    """Devices finish what they hold and stop."""
+    """Devices finish what they hold and stop; one older than the model that a device holds is a replay."""
 
     event: Literal["federation_end"] = "federation_end"
+    chain_seq: int = Field(ge=0)
     reason: Literal["completed", "cancelled"] = "completed"
 
 

@@ -86,6 +86,7 @@ def make_update(
     delta: Delta,
     *,
     policy: ExportPolicyConfig,
+    federation: str,
     client_id: str,
     key_epoch: int,
     signer: Signer,
@@ -108,6 +109,7 @@ def make_update(
     digest = sha256_hex(payload)
     envelope = make_envelope(
         signer,
+        federation=federation,
         client_id=client_id,
         key_epoch=key_epoch,
         sequence=declaration.sequence,
@@ -141,6 +143,7 @@ def release(
     delta: Delta,
     *,
     policy: ExportPolicyConfig,
+    federation: str,
     client_id: str,
     key_epoch: int,
     signer: Signer,
@@ -152,6 +155,7 @@ def release(
         declaration: counts and base, from `Spool.read`.
         delta: exact factors, likewise.
         policy: floor, norm bound and encoding.
+        federation: the one that the update is for.
         client_id: this device.
         key_epoch: number of its key.
         signer: its key.
@@ -161,7 +165,7 @@ def release(
         PayloadError: a factor is not finite; nothing leaves.
         StorageError: the outbox or the disk is full.
     """
-    identity = {"client_id": client_id, "key_epoch": key_epoch, "signer": signer}
+    identity = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
     envelope, payload = make_update(declaration, delta, policy=policy, **identity)
     outbox.put(
         sequence=envelope.sequence,

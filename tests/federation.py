@@ -103,6 +103,7 @@ class Device:
         payload = encode(delta, seed=_seed(self.client, sequence))
         layers = {expert_param(name)[0]: factors.expert_ids for name, factors in delta.factors.items()}
         fields = {
+            "federation": state.federation,
             "client_id": self.client,
             "key_epoch": 0,
             "sequence": sequence,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from fednested_lib.config import LogConfig, PublicKey, Section, load_yaml, resolve_uri
-from fednested_lib.envelope import ClientId
+from fednested_lib.envelope import ClientId, FederationName
 from tier1.versions.manifest import AggregationSettings, Rates
 
 COMMAND = "fednested init-config tier1"
@@ -87,7 +87,7 @@ class GovernanceConfig(Section):
 class Tier1Config(Section):
     """One federation as tier 1 sees it. Relative paths are relative to the file's directory."""
 
-    federation: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "fednested"
+    federation: FederationName = "fednested"
     profile: Literal["local", "production"] = "local"
     home: Path
     log: LogConfig = LogConfig()

@@ -35,12 +35,14 @@ def write_config(
     heldout: Path,
     home: Path,
     bootstrap: str,
+    federation: str,
     control_key: str,
     pace_s: float,
     settings: DemoSettings,
 ) -> Path:
     """Write the tier2.yaml of one device."""
     document = {
+        "federation": federation,
         "client_id": client,
         "key": "device.key",
         "home": "home",

@@ -53,6 +53,7 @@ def clear(directory: Path) -> Path:
     (directory / MARKER).touch()
     return directory
 
+
 FEDERATION = "fednested"
 
 

@@ -45,7 +45,7 @@ class World:
             lines = (json.dumps({"text": f"the {word} {i} sat on the mat and the cat {i * i}"}) for i in range(40))
             (directory / f"{name}.jsonl").write_text("\n".join(lines))
 
-    def publish(self, version: int) -> SnapshotManifest:
+    def publish(self, version: int, federation: str = "fednested") -> SnapshotManifest:
         manifest = SnapshotManifest(
             version=version,
             family="mixtral",
@@ -53,11 +53,19 @@ class World:
             tokenizer=self.tokenizer,
             blobs=write_state_dict(self.model.state_dict(), "mixtral", self.blobs),
         )
-        self.announce(manifest, chain_seq=version)
+        self.announce(manifest, chain_seq=version, federation=federation)
         return manifest
 
-    def announce(self, manifest: SnapshotManifest, *, chain_seq: int, signer: Signer = SERVER) -> None:
+    def announce(
+        self,
+        manifest: SnapshotManifest,
+        *,
+        chain_seq: int,
+        signer: Signer = SERVER,
+        federation: str = "fednested",
+    ) -> None:
         event = ModelAvailable(
+            federation=federation,
             version=manifest.version,
             snapshot=self.blobs.put(manifest.to_json()),
             base_digest=manifest.digest,
@@ -177,7 +185,7 @@ def test_unsigned_and_old_events_are_ignored(world):
     newer = world.publish(5)
     world.announce(old, chain_seq=0)
     world.announce(old, chain_seq=9, signer=DEVICE)
-    world.tell(FederationEnd(reason="cancelled"), signer=DEVICE)
+    world.tell(FederationEnd(federation="fednested", chain_seq=9, reason="cancelled"), signer=DEVICE)
     world.log.append(CONTROL, key=b"x", value=b"not an event", headers={})
     run(world.config(), log=world.log)
     assert [envelope.base_digest for envelope in world.envelopes()] == [newer.digest]
@@ -187,6 +195,7 @@ def test_announcement_must_match_its_snapshot(world):
     """A signed announcement of one version that points to the snapshot of another is refused with both numbers."""
     manifest = world.publish(0)
     event = ModelAvailable(
+        federation="fednested",
         version=1,
         snapshot=world.blobs.put(manifest.to_json()),
         base_digest=manifest.digest,
@@ -201,11 +210,37 @@ def test_announcement_must_match_its_snapshot(world):
 def test_stops_when_the_federation_ends(world):
     """An end after the model is obeyed at once; a model after an end starts the device again."""
     manifest = world.publish(0)
-    world.tell(FederationEnd())
+    world.tell(FederationEnd(federation="fednested", chain_seq=0))
     report = run(world.config(), log=world.log)
     assert (str(report), world.records()) == ("federation completed (0 updates made)", [])
     world.announce(manifest, chain_seq=1)
     assert run(world.config(), log=world.log).updates == 1
+
+
+def test_an_old_end_sent_again_stops_nobody(world):
+    """Whoever may append can repeat a signed end; a device that holds a newer model, or saw it announced, works on."""
+    world.publish(0)
+    end = FederationEnd(federation="fednested", chain_seq=0, reason="cancelled")
+    world.tell(end)
+    world.publish(1)
+    world.tell(end)
+    assert run(world.config(), log=world.log).updates == 1
+    world.log = InMemoryLog(name="topic whose older events have expired")
+    world.log.create_topics(TOPICS)
+    world.tell(end)
+    again = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    assert run(again, log=world.log).updates == 1
+
+
+def test_another_federation_on_the_same_log_is_not_obeyed(world):
+    """A model and an end of another federation, signed with the very key, change nothing for a device."""
+    ours = world.publish(0)
+    world.improve()
+    world.publish(7, federation="other")
+    world.tell(FederationEnd(federation="other", chain_seq=7))
+    run(world.config(), log=world.log)
+    (envelope,) = world.envelopes()
+    assert (envelope.federation, envelope.base_digest) == ("fednested", ours.digest)
 
 
 def test_fetches_only_what_changed_and_prunes(world):
@@ -352,6 +387,19 @@ def test_a_kill_anywhere_changes_no_byte(world):
         run(config, log=world.clone_log())
         assert _outbox(config) == expected, failpoint
         assert not list((config.home / "spool").glob("*")), failpoint
+
+
+def test_what_is_in_the_outbox_is_never_made_again(world):
+    """A device whose text changed while it was dead still sends the update it had made, and no second one."""
+    world.publish(0)
+    config = world.config()
+    process = _fork(config, world.clone_log(), "client.after_outbox")
+    process.join(60)
+    made = [row[:3] for row in _outbox(config)]
+    (world.directory / "text.jsonl").write_text(json.dumps({"text": "quite another text about a dog " * 20}))
+    run(config, log=world.log)
+    assert [row[:3] for row in _outbox(config)] == made
+    assert [envelope.to_bytes() for envelope in world.envelopes()] == [made[0][1]]
 
 
 def test_sigterm_ends_cleanly(world):

@@ -24,7 +24,7 @@ SHAPES = {
 }
 IDS = {0: (1, 4, 5), 2: (0,)}
 ROUTED, DISTINCT = {0: [100, 40, 0], 2: [1000]}, {0: [50, 15, 0], 2: [16]}
-WHO = {"client_id": "romeo", "key_epoch": 2, "signer": SIGNER}
+WHO = {"federation": "stage", "client_id": "romeo", "key_epoch": 2, "signer": SIGNER}
 
 
 def _delta(size: float = 0.05, seed: int = 0) -> Delta:

@@ -61,6 +61,6 @@ def last_announced(fed: Federation) -> ModelAvailable | None:
             event = verify_event(record.value, dict(record.headers), fed.signer.public_key)
         except EnvelopeError:
             continue  # somebody else's record says nothing about our chain
-        if isinstance(event, ModelAvailable):
+        if isinstance(event, ModelAvailable) and event.federation == fed.config.federation:
             newest = event
     return newest

@@ -39,6 +39,7 @@ def publish_champion(fed: Federation) -> Published:
     snapshot = fed.blobs.put(champion.snapshot.to_json())
     failpoint("broadcast.before_event")
     event = ModelAvailable(
+        federation=state.federation,
         version=champion.version,
         snapshot=snapshot,
         base_digest=champion.base_digest,

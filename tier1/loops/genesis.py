@@ -9,6 +9,7 @@ import structlog
 from fednested_lib.errors import ChainConflict
 from fednested_lib.snapshot import describe_config, write_state_dict
 from tier1.federation import Federation
+from tier1.versions.cut import TOPIC
 from tier1.versions.manifest import Genesis
 from tier1.versions.state import ChainState
 
@@ -27,6 +28,7 @@ def ensure_genesis(fed: Federation) -> ChainState:
         PolicyDenied: this principal may not train on a governed dataset; nothing is read.
         DataError: the tier-1 text is missing or too small for the vocabulary.
         ConfigError: model.config makes no model.
+        TransportError: the log does not answer.
     """
     if not fed.chain.exists():
         try:
@@ -62,6 +64,7 @@ def _genesis(fed: Federation) -> Genesis:
         tokenizer=tokenizer,
         blobs=blobs,
         profile=numeric_profile(),
+        offsets={str(partition): high for partition, (_, high) in fed.log.watermarks(TOPIC).items()},
         trainer=fed.config.identity.principal,
         created_at=now_text(),
     )

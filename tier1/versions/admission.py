@@ -1,10 +1,11 @@
 """Admission: which records of a cut are updates, and why the others are not.
 
-A record passes if its envelope is canonical, from a registered client in its current key epoch, and signed; if it was
-trained on a version of this chain; if its payload is what the envelope declares; and if the chain has not seen it. Each
-refusal has a machine-readable reason, and no record can stop the others:
+A record passes if its envelope is canonical, meant for this federation, from a registered client in its current key
+epoch, and signed; if it was trained on a version of this chain; if its payload is what the envelope declares; and if
+the chain has not seen it. Each refusal has a machine-readable reason, and no record can stop the others:
 
-    bad_envelope  unknown_client  wrong_key_epoch  bad_update_id  bad_signature     who says it
+    bad_envelope  bad_update_id  foreign_federation                                 to whom
+    unknown_client  wrong_key_epoch  bad_signature                                  who says it
     duplicate  equivocation                                                         said before
     unknown_base  base_digest_mismatch                                              trained on what
     payload_missing  payload_unreadable  payload_size  payload_digest               where its bytes lie
@@ -26,7 +27,14 @@ from typing import Protocol
 import structlog
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.envelope import HEADER, INLINE_LIMIT_BYTES, Envelope, parse_envelope, verify_envelope
+from fednested_lib.envelope import (
+    HEADER,
+    INLINE_LIMIT_BYTES,
+    Envelope,
+    parse_envelope,
+    verify_envelope,
+    verify_update_id,
+)
 from fednested_lib.errors import ContractError, EnvelopeError, FednestedError, PayloadError, SnapshotError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.log import Record
@@ -100,6 +108,7 @@ def admit(
         envelope: Envelope | None = None
         try:
             envelope = _envelope_of(record)
+            _check_addressee(envelope, state)
             update = _check_origin(record, envelope, devices)
             _check_unseen(update, state.claims)
             payload = _check_content(record, envelope, state, shapes, payloads)
@@ -146,6 +155,14 @@ def _envelope_of(record: Record) -> Envelope:
     if len(found) != 1:
         raise EnvelopeError("bad_envelope", f"record must have one header {HEADER}, has {len(found)}")
     return parse_envelope(found[0])
+
+
+def _check_addressee(envelope: Envelope, state: ChainState) -> None:
+    verify_update_id(envelope)  # before any other reason, so that no refusal names an id that is somebody else's
+    if envelope.federation != state.federation:
+        raise EnvelopeError(
+            "foreign_federation", f"federation must be {state.federation}, got {envelope.federation}: fix tier2.yaml"
+        )
 
 
 def _check_origin(record: Record, envelope: Envelope, devices: Mapping[str, Device]) -> Update:

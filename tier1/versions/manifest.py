@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from fednested_lib.envelope import ClientId, Digest
 from fednested_lib.signing import HEX64, canonical_json, sha256_hex
@@ -230,7 +230,7 @@ class Candidate(Document):
 
 
 class Genesis(Document):
-    """The first snapshot."""
+    """The first snapshot; `offsets` is where the device topic stood: what lies before is another chain's history."""
 
     kind: Literal["genesis"] = "genesis"
     version: Literal[0] = 0
@@ -241,7 +241,13 @@ class Genesis(Document):
     blobs: dict[str, Digest]
     profile: NumericProfile
     trainer: str
+    offsets: Offsets = {}
     created_at: str
+
+    @model_serializer(mode="wrap")
+    def _without_empty_offsets(self, serialise):
+        """Leave `offsets` out where there are none: entries written before there was the field keep their bytes."""
+        return {name: value for name, value in serialise(self).items() if name != "offsets" or value}
 
 
 class Version(Document):

@@ -106,6 +106,7 @@ class ChainState:
 
     Args:
         seq: position of the last entry.
+        federation: name of the federation, from genesis.
         digest: digest of the last entry's file; with `seq` it is the anchor of the chain.
         versions: every version ever, by number.
         voided: versions that no longer count.
@@ -119,6 +120,7 @@ class ChainState:
     """
 
     seq: int
+    federation: str
     digest: str
     versions: Mapping[int, VersionView]
     voided: frozenset[int]
@@ -169,6 +171,7 @@ class _Ledger:
 
     def __init__(self):
         self.last: Sealed | None = None
+        self.federation = ""
         self.sealed: dict[int, Sealed] = {}
         self.versions: dict[int, VersionView] = {}
         self.voided: set[int] = set()
@@ -186,6 +189,7 @@ class _Ledger:
         if (self.last is None) != isinstance(body, Genesis):
             raise _contradiction(sealed, f"is a {body.kind} entry, but genesis and nothing else stands first")
         if isinstance(body, Genesis):
+            self.federation, self.offsets = body.federation, dict(body.offsets)
             self._add(sealed, body.version, body, None)
         elif isinstance(body, Decision):
             self._decide(sealed, body)
@@ -197,6 +201,7 @@ class _Ledger:
         assert self.last is not None, "a chain has a genesis"
         return ChainState(
             seq=self.last.entry.seq,
+            federation=self.federation,
             digest=self.last.digest,
             versions=dict(self.versions),
             voided=frozenset(self.voided),

@@ -136,6 +136,7 @@ class Scene:
         layers = sorted({int(name.split(".")[2]) for name in delta.factors})
         experts = list(next(iter(delta.factors.values())).expert_ids)
         given = {
+            "federation": "scene",
             "client_id": client,
             "key_epoch": 0,
             "sequence": sequence,

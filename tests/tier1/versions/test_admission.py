@@ -63,15 +63,15 @@ def test_good_updates_are_accepted_and_archived(scene):
     assert {update.envelope.client_id for update in admission.updates} == {"ada", "bob"}
     assert max(update.envelope.payload_bytes for update in admission.updates) > INLINE_LIMIT_BYTES
     for update in admission.updates:
-        assert scene.payloads.get(sha256_hex(update.envelope.to_bytes())) == update.envelope.to_bytes()
-        assert len(scene.payloads.get(update.envelope.payload_sha256)) == update.envelope.payload_bytes
+        assert scene.archive.get(sha256_hex(update.envelope.to_bytes())) == update.envelope.to_bytes()
+        assert len(scene.archive.get(update.envelope.payload_sha256)) == update.envelope.payload_bytes
 
 
 def test_refused_payloads_are_not_archived(scene):
     """What is refused leaves nothing in the archive."""
     scene.send("ada", 0, signer=STRANGER)
     scene.admit(scene.cut())
-    assert list(scene.payloads.digests()) == []
+    assert list(scene.archive.digests()) == []
 
 
 ENVELOPES = {
@@ -82,6 +82,10 @@ ENVELOPES = {
         lambda s: s.envelope("ada", 0, random_delta(0), signer=STRANGER)[0].to_bytes(),
     ],
     "unknown_client": [lambda s: s.envelope("eve", 0, random_delta(0))[0].to_bytes()],
+    "foreign_federation": [
+        lambda s: s.envelope("ada", 0, random_delta(0), federation="other")[0].to_bytes(),
+        lambda s: s.envelope("eve", 0, random_delta(0), federation="other")[0].to_bytes(),
+    ],
     "wrong_key_epoch": [lambda s: s.envelope("ada", 0, random_delta(0), key_epoch=1)[0].to_bytes()],
     "unknown_base": [lambda s: s.envelope("ada", 0, random_delta(0), base_version=7)[0].to_bytes()],
     "base_digest_mismatch": [lambda s: s.envelope("ada", 0, random_delta(0), base_digest="c" * 64)[0].to_bytes()],

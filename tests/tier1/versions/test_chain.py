@@ -200,3 +200,15 @@ def test_empty_chain_says_what_to_do(tmp_path):
     assert chain.entries() == []
     with pytest.raises(ChainError, match="make genesis first"):
         chain.state()
+
+
+def test_genesis_from_before_offsets_were_recorded_still_reads(tmp_path):
+    """An entry without the field keeps its bytes and its digest; one with it starts the chain's offsets there."""
+    scene = Scene(tmp_path)
+    sealed = scene.genesis()
+    assert b"offsets" not in sealed.entry.to_bytes()
+    assert open_chain(scene.chain.root).state().offsets == {}
+    later = Scene(tmp_path / "later")
+    body = sealed.entry.body.model_copy(update={"offsets": {"0": 7, "1": 0}})
+    later.chain.append(body, 0)
+    assert open_chain(later.chain.root).state().offsets == {"0": 7, "1": 0}
