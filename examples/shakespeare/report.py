@@ -58,11 +58,43 @@ class DemoReport:
     gap: Mapping[str, float]
     timings: Sequence[tuple[str, float, float]]  # part, seconds, MiB of all processes at its end
     facts: Mapping[str, str] = field(default_factory=dict)
+    shortfall: str = ""  # what the rounds did not reach, in one sentence; empty when they did
 
 
 def device_mean(report: DemoReport, row: VersionRow) -> float:
     """Mean held-out loss over the device domains."""
     return sum(row.losses[suite] for suite in report.device_suites) / len(report.device_suites)
+
+
+def shortfall(report: DemoReport, rounds: int, *, first: int, last: int) -> str:
+    """Say in one sentence what the rounds did not reach; an empty string means that all of it was reached.
+
+    Args:
+        report: with every version.
+        rounds: how many versions of the devices must have been approved, each with a lower mean loss than the one
+            before it.
+        first: number of the snapshot that the devices started from.
+        last: number of the champion after the last round.
+    """
+    start = [row for row in report.versions if row.version == first]
+    approved = [
+        row
+        for row in report.versions
+        if first < row.version <= last and row.kind == "devices" and row.status in ("champion", "approved")
+    ]
+    if len(approved) < rounds:
+        return (
+            f"{len(approved)} of {rounds} rounds ended with an approved version of the devices: "
+            "the lines above say what became of the others"
+        )
+    means = [(row.version, device_mean(report, row)) for row in [*start, *approved]]
+    for (before, high), (after, low) in zip(means, means[1:], strict=False):
+        if not low < high:
+            return (
+                f"the mean device loss did not fall in every round: version {after} has {low:.4f}, "
+                f"version {before} before it {high:.4f}"
+            )
+    return ""
 
 
 def terminal_table(report: DemoReport) -> str:
@@ -211,6 +243,7 @@ def render_html(report: DemoReport) -> str:
         f"<h1>{title}</h1>",
         "<p>One Mixture-of-Experts language model, trained by devices that never showed their text. "
         "Losses are nats per token on held-out lines; lower is better.</p>",
+        f"<p class=bad>{html.escape(report.shortfall)}</p>" if report.shortfall else "",
         "<h2>Loss per device domain</h2><figure>",
         line_chart(chart, x_label="version", y_label="held-out loss, nats per token"),
         "<figcaption>Approved versions only; the first point is the snapshot that devices started from."
