@@ -6,17 +6,22 @@ own, from the checkout's root. What only reads the chain (replay, audit, status)
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import typer
 
-from fednested_lib.errors import ConfigError, FednestedError
+from fednested_lib import errors
+from fednested_lib.errors import ConfigError, ContractError, FednestedError
 from tier1.config import load_tier1
 
 ROOT = Path(__file__).resolve().parent.parent
+GATED = ("evaluate_and_promote", "nested_round")
 CONFIG = typer.Option(..., "--config", help="tier1.yaml")
 
 app = typer.Typer(help="Loops and records of the data centre.", no_args_is_help=True)
@@ -24,22 +29,45 @@ approvals = typer.Typer(help="Decision tokens of approvers.", no_args_is_help=Tr
 
 
 def run_workflow(name: str, config: Path, *arguments: str, answer: str | None = None) -> None:
-    """Run one workflow locally with `pyflyte run`; `answer` is typed at its decision gate.
+    """Run one workflow locally with `pyflyte run` and print its result; `answer` is typed at its decision gate.
+
+    What pyflyte prints beside the result (events, traceback boxes) is shown with --debug, and where a person is asked.
 
     Raises:
         ConfigError: the configuration is wrong (found before a process is started).
-        FednestedError: the workflow failed; its last line says why.
+        FednestedError: the workflow failed; of the class and with the message that its task raised.
     """
     load_tier1(config)
     command = [sys.executable, "-m", "flytekit.clis.sdk_in_container.pyflyte", "run", f"workflows/{name}.py", name]
     command += ["--config", str(config.resolve()), *arguments]
     typed = None if answer is None else answer + "\n"
-    finished = subprocess.run(command, cwd=ROOT, input=typed, text=True, check=False)
-    if finished.returncode != 0:
-        raise FednestedError(
-            f"workflow {name} ended with exit code {finished.returncode}: "
-            "its last lines above say why; the chain is intact"
+    asks = name in GATED and answer is None and sys.stdin.isatty()
+    shown = None if asks or "--debug" in sys.argv else subprocess.PIPE
+    with tempfile.TemporaryDirectory() as scratch:
+        told = Path(scratch) / "error.json"
+        environment = {**os.environ, "FEDNESTED_ERROR_FILE": str(told)}
+        if shown is not None:
+            environment["COLUMNS"] = "1000"  # rich would wrap the last line
+        finished = subprocess.run(
+            command, cwd=ROOT, input=typed, stdout=shown, env=environment, text=True, errors="replace", check=False
         )
+        last = next((line for line in reversed((finished.stdout or "").splitlines()) if line.strip()), "")
+        if finished.returncode != 0:
+            raise _failure(name, told, finished.returncode, last)
+    if last:
+        typer.echo(last)
+
+
+def _failure(name: str, told: Path, code: int, last: str) -> FednestedError:
+    """Return the error that a task of the workflow raised, else one with the last line that pyflyte printed."""
+    if not told.exists():
+        return FednestedError(
+            f"workflow {name} ended with exit code {code}: {last or 'no output'}; the chain is intact, run it again "
+            "with --debug to see all"
+        )
+    error = json.loads(told.read_text(encoding="utf-8"))
+    kind = getattr(errors, error["type"])
+    return kind(error["reason"], error["message"]) if issubclass(kind, ContractError) else kind(error["message"])
 
 
 @app.command("init-config")
@@ -57,9 +85,12 @@ def init_config(
 
 
 @app.command("core-update")
-def core_update(config: Path = CONFIG) -> None:
+def core_update(
+    config: Path = CONFIG,
+    run: str = typer.Option("", help="name of this run; one that was killed goes on under the same name"),
+) -> None:
     """Train core and experts on governed data and fold the delta into a candidate."""
-    run_workflow("core_update", config)
+    run_workflow("core_update", config, *(["--run", run] if run else []))
 
 
 @app.command("aggregate-experts")
@@ -88,11 +119,12 @@ def promote(
     reason: str = typer.Option("", help="why; one line"),
 ) -> None:
     """Settle the newest candidate and decide on it."""
-    answer = None
-    if decision is not None:
-        _require_local(config)
-        answer = _answer_for_newest(config, decision, key, reason)
-    run_workflow("evaluate_and_promote", config, *_by_flag(answer), answer=answer)
+    if decision is None:
+        return run_workflow("evaluate_and_promote", config)
+    _require_local(config)
+    candidate, answer = _answer_for_newest(config, decision, key, reason)
+    about = ["--candidate", candidate] if candidate else []
+    run_workflow("evaluate_and_promote", config, *about, *_by_flag(answer), answer=answer)
 
 
 def _by_flag(answer: str | None) -> list[str]:
@@ -107,15 +139,16 @@ def _require_local(config: Path) -> None:
         )
 
 
-def _answer_for_newest(config: Path, decision: str, key: Path | None, reason: str) -> str:
+def _answer_for_newest(config: Path, decision: str, key: Path | None, reason: str) -> tuple[str, str]:
+    """Settle the newest candidate; return its digest (empty if none waits) and the answer about its version."""
     from tier1.federation import open_federation
     from tier1.loops.evaluate_and_promote import newest_candidate, settle_candidate
 
     fed = open_federation(config)
     settled = settle_candidate(fed, newest_candidate(fed))  # the workflow's own settling finds it done
     if key is None or settled.status != "head":
-        return f"{decision}: {reason}" if reason else decision
-    return _token(fed, settled.version, decision, key, reason)
+        return settled.candidate, f"{decision}: {reason}" if reason else decision
+    return settled.candidate, _token(fed, settled.version, decision, key, reason)
 
 
 @app.command("broadcast")

@@ -265,19 +265,75 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
+def command(*arguments) -> subprocess.CompletedProcess:
+    """Run `fednested` as a user does, without a terminal."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("fednested"), *map(str, arguments)],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def only_line(done: subprocess.CompletedProcess) -> str:
+    """Return the only line of a failed command's standard error and output."""
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert "Traceback" not in line
+    assert not set(line) & set("╭│╰❱")
+    return line.removeprefix("fednested: ")
+
+
 def test_pyflyte_run_ends_with_our_line(tmp_path):
-    """A user error inside a workflow is the last line of `pyflyte run`, with an exit code, and is not retried."""
+    """A user error inside a workflow is the one line that is printed, with its own exit code, and is not retried."""
     with EmbeddedBroker(tmp_path / "broker") as broker:
         config = make_workspace(tmp_path, bootstrap=broker.bootstrap)
         (tmp_path / "data/train.jsonl").write_bytes(b"")
-        done = subprocess.run(
-            [Path(sys.executable).with_name("fednested"), "tier1", "core-update", "--config", config],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-        )
-    assert done.returncode == 1
-    assert "train.jsonl" in done.stdout + done.stderr
-    assert one_line(done.stderr)
+        done = command("tier1", "core-update", "--config", config)
+    assert done.returncode == 3
+    assert "train.jsonl is empty" in only_line(done)
     assert not open_federation(config).chain.exists()
+
+
+def test_a_dead_broker_inside_a_workflow_is_one_line(tmp_path):
+    """A recoverable error keeps class and message as well: address, bound and remedy, and the code of a dead server."""
+    config = make_workspace(tmp_path, bootstrap="127.0.0.1:1", log={"timeout_s": 2})
+    done = command("tier1", "aggregate-experts", "--config", config)
+    assert done.returncode == 5
+    line = only_line(done)
+    assert "127.0.0.1:1 did not answer within 2 s" in line
+    assert "start the broker" in line
+
+
+def test_a_killed_run_goes_on_under_its_name(tmp_path, monkeypatch):
+    """`--run NAME` folds what a run that died had trained, without training again, and prints the candidate alone."""
+    config = make_workspace(tmp_path)
+    monkeypatch.setenv("FEDNESTED_FAILPOINT", "core.after_training")
+    died = command("tier1", "core-update", "--config", config, "--run", "night")
+    assert died.returncode == 1
+    assert "step 6/6" in died.stderr
+    monkeypatch.delenv("FEDNESTED_FAILPOINT")
+    done = command("tier1", "core-update", "--config", config, "--run", "night")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("CandidateRef(digest='")
+    assert len(done.stdout.splitlines()) == 1
+    assert "step" not in done.stderr
+
+
+def test_a_decision_is_about_the_candidate_that_was_settled(fed, tmp_path):
+    """An approval for a candidate that the gate then rejects approves no older version that waits."""
+    config = tmp_path / "tier1.yaml"
+    document = yaml.safe_load(config.read_text())
+    document["evaluation"]["max_regression"] = 0.0
+    document["core"]["learning_rate"] = 1.0
+    config.write_text(yaml.safe_dump(document))
+    strict = open_federation(config)
+    # `fed` has approved version 1; version 2 waits, and the candidate after it makes every loss worse.
+    Device(fed, "ann").send()
+    assert settle_candidate(fed, fold_updates(fed, take_updates(fed))).version == 2
+    fold_dense(strict, train_delta(strict, pack_datasets(strict, authorise_training(strict, "bad")), "bad"))
+    done = command("tier1", "promote", "--config", config, "--decision", "approve")
+    assert done.returncode == 0, done.stderr
+    assert "verdict='gate_rejected'" in done.stdout
+    assert open_federation(config).chain.state().champion.version == 1
