@@ -1,4 +1,9 @@
-"""The README's table of claims, made from the stored results and from nothing else."""
+"""The README's table of claims, made from the stored results and from nothing else.
+
+A value is ok or short only for the code that it was measured on; of any other it is stale. Commits of results and prose
+are no other code (see `results.code_commit`), so a table that is written after measuring is still right in the commit
+that brings it, and in a clone of that commit.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +35,8 @@ def bound(row: Figure) -> str:
     return f"{_SIGNS.get(relation, relation)} {limit}"
 
 
-def table(figures: list[Figure], results: dict[str, Result]) -> str:
-    """Make the Markdown table."""
+def table(figures: list[Figure], results: dict[str, Result], commit: str) -> str:
+    """Make the Markdown table, judged for the code of `commit`."""
     lines = ["| claim | value | bound | | measured at | figure |", "|---|---|---|---|---|---|"]
     for row in figures:
         result = results.get(row.name)
@@ -40,23 +45,31 @@ def table(figures: list[Figure], results: dict[str, Result]) -> str:
             value, holds, where = "not measured", "", "-"
         else:
             value, where = number(result) + unit, f"{result.commit}, {result.date}"
-            holds = "" if row.bound is None else "ok" if row.holds(result.value) else "**short**"
+            holds = _judgement(row, result, commit)
         limit = bound(row) + (unit if row.bound else "")
         lines.append(f"| {row.claim} | {value} | {limit} | {holds} | {where} | `{row.name}` |")
     return "\n".join(lines)
 
 
-def write(figures: list[Figure], results: dict[str, Result], readme: Path = README) -> int:
+def _judgement(row: Figure, result: Result, commit: str) -> str:
+    if not result.speaks_for(commit):
+        return "stale"
+    if row.bound is None:
+        return ""
+    return "ok" if row.holds(result.value) else "**short**"
+
+
+def write(figures: list[Figure], results: dict[str, Result], commit: str, readme: Path = README) -> int:
     """Put the table between the README's markers."""
     before, _, after = _split(readme.read_text())
-    readme.write_text(f"{before}{BEGIN}\n{table(figures, results)}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{table(figures, results, commit)}\n{END}{after}")
     return 0
 
 
-def check(figures: list[Figure], results: dict[str, Result], readme: Path = README) -> int:
-    """Return 1 and say the remedy when the README's table is not the one these results make."""
+def check(figures: list[Figure], results: dict[str, Result], commit: str, readme: Path = README) -> int:
+    """Return 1 and say the remedy when the README's table is not the one these results make for this code."""
     _, found, _ = _split(readme.read_text())
-    if found.strip() == table(figures, results):
+    if found.strip() == table(figures, results, commit):
         return 0
     print("README.md: the table of claims is out of date: run python -m benchmarks.figures --readme", file=sys.stderr)
     return 1

@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     figures = discover()
     if options.readme or options.check_readme:
-        return claims.write(figures, load()) if options.readme else claims.check(figures, load())
+        action = claims.write if options.readme else claims.check
+        return action(figures, load(), code_commit())
     chosen = select(figures, cls=options.cls, only=options.only)
     if not chosen:
         print(

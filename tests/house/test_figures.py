@@ -109,15 +109,62 @@ def test_the_readme_table_is_made_from_the_results(tmp_path: Path, capsys: pytes
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{claims.BEGIN}\n{claims.END}\nafter\n")
     rows, results = [_figure(), _figure("b.new")], {"topic.row": _result(value=12.0)}
-    assert claims.check(rows, results, readme) == 1
+    assert claims.check(rows, results, "aaaa", readme) == 1
     assert "--readme" in capsys.readouterr().err
-    claims.write(rows, results, readme)
-    assert claims.check(rows, results, readme) == 0
+    claims.write(rows, results, "aaaa", readme)
+    assert claims.check(rows, results, "aaaa", readme) == 0
     text = readme.read_text()
     assert "| A claim. | 12 ms | ≤ 10 ms | **short** | aaaa, 2026-01-01 | `topic.row` |" in text
     assert "not measured" in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
+
+
+@pytest.mark.parametrize("measured", ["aaaa", "bbbb+changes"])
+def test_the_readme_table_calls_no_value_of_other_code_ok(measured: str) -> None:
+    """Inside or outside its bound, with a bound or without: a value of another commit, or of none, is stale."""
+    rows = [_figure("a.in"), _figure("b.out"), _figure("c.free", bound=None)]
+    results = {row.name: _result(value, commit=measured) for row, value in zip(rows, (5.0, 50.0, 5.0), strict=True)}
+    for commit in ("bbbb", "bbbb+changes"):
+        lines = claims.table(rows, results, commit).splitlines()[2:]
+        assert [line.split(" | ")[3] for line in lines] == ["stale"] * 3
+
+
+def test_a_written_table_is_right_in_its_own_commit_and_in_a_clone(tmp_path: Path) -> None:
+    """Committing results and table together keeps the table, here and in a fresh clone; the next code outdates it."""
+    home, clone = tmp_path / "home", tmp_path / "clone"
+    (home / "benchmarks").mkdir(parents=True)
+
+    def git(*arguments: str | Path) -> None:
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", home, *arguments], check=True)
+
+    def commit() -> None:
+        git("add", "-A")
+        git("commit", "-q", "-m", "c")
+
+    def table_holds(root: Path) -> bool:
+        stored = load(root / "benchmarks/results.json")
+        return claims.check(rows, stored, code_commit(root), root / "README.md") == 0
+
+    git("init", "-q")
+    (home / "code.py").write_text("1")
+    (home / "README.md").write_text(f"{claims.BEGIN}\n{claims.END}\n")
+    commit()
+    rows = [_figure()]
+    store({"topic.row": _result(commit=code_commit(home))}, home / "benchmarks/results.json")
+    claims.write(rows, load(home / "benchmarks/results.json"), code_commit(home), home / "README.md")
+    assert "| ok |" in (home / "README.md").read_text()
+    assert table_holds(home)
+    commit()
+    assert table_holds(home)
+    subprocess.run(["git", "clone", "-q", home, clone], check=True)
+    assert table_holds(clone)
+    (home / "code.py").write_text("2")
+    assert not table_holds(home)
+    claims.write(rows, load(home / "benchmarks/results.json"), code_commit(home), home / "README.md")
+    assert "| stale |" in (home / "README.md").read_text()
+    commit()
+    assert table_holds(home)
 
 
 def test_results_and_prose_do_not_make_a_value_stale(tmp_path: Path) -> None:
