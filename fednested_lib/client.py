@@ -29,7 +29,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.config import Tier2Config
 from fednested_lib.errors import ContractError, SnapshotError, StorageError, TransportError
-from fednested_lib.events import FederationEnd, ModelAvailable, TrainingTelemetry, sign_event, verify_event
+from fednested_lib.events import (
+    FederationEnd,
+    ModelAvailable,
+    TrainingTelemetry,
+    UpdatesSettled,
+    sign_event,
+    verify_event,
+)
 from fednested_lib.failpoints import failpoint
 from fednested_lib.local_update import Interrupted, Job, LocalReport, LocalTrainer, Model
 from fednested_lib.log import UpdateLog
@@ -111,6 +118,7 @@ class Client:
         self._control_offset = 0
         self._announced: ModelAvailable | None = None
         self._ended: FederationEnd | None = None
+        self._unnamed: dict[str, tuple[float, int]] = {}  # update id → when it was first seen so, and on which chain
         self._telemetry: list[TrainingTelemetry] = []
         self._jitter = random.Random()
         self._updates = 0
@@ -149,6 +157,7 @@ class Client:
         for record in self.log.read(CONTROL, {0: (start, high)}) if start < high else ():
             self._obey(record.value, dict(record.headers))
         self._control_offset = high
+        self._queue_unnamed()
         event, held = self._announced, self.state.model
         if event is not None and (held is None or event.snapshot != held.snapshot):
             self._fetch(event)
@@ -161,6 +170,8 @@ class Client:
             return
         if event.federation != self.config.federation:
             _log.warning("control.ignored", reason="foreign_federation", federation=event.federation)
+        elif isinstance(event, UpdatesSettled):
+            self.outbox.confirm(event.update_ids)
         elif isinstance(event, FederationEnd) and self._is_current(event):
             self._ended = event
         elif isinstance(event, ModelAvailable) and self._is_current(event):
@@ -168,10 +179,30 @@ class Client:
 
     def _is_current(self, event: FederationEnd | ModelAvailable) -> bool:
         """Tell whether an event is as new as the model held or announced; an older one was sent again by somebody."""
-        newest = max((each.chain_seq for each in (self._announced, self.state.model) if each), default=0)
+        newest = self._newest_seq()
         if event.chain_seq < newest:
             _log.warning("control.ignored", reason="older_than_held", chain_seq=event.chain_seq, held=newest)
         return event.chain_seq >= newest
+
+    def _newest_seq(self) -> int:
+        return max((each.chain_seq for each in (self._announced, self.state.model) if each), default=0)
+
+    def _queue_unnamed(self) -> None:
+        """Queue sent updates once more that no settlement names though a newer model came and the time is over.
+
+        The clock starts anew with the process: a resend is harmless, tier 1 knows the id, but there is no haste in it.
+        """
+        now, newest = time.monotonic(), self._newest_seq()
+        sent = [item.update_id for item in self.outbox.unconfirmed()]
+        self._unnamed = {each: self._unnamed.get(each, (now, newest)) for each in sent}
+        late = [
+            each
+            for each, (since_s, seq) in self._unnamed.items()
+            if newest > seq and now - since_s >= self.config.control.resend_after_s
+        ]
+        if late:
+            self.outbox.send_again(late)
+            _log.info("client.sends_again", updates=len(late))
 
     def _fetch(self, event: ModelAvailable) -> None:
         manifest = SnapshotManifest.from_json(self.source.get(event.snapshot))

@@ -66,10 +66,11 @@ class ExportPolicyConfig(Section):
 
 
 class ControlConfig(Section):
-    """The control topic: tier 1's public key (pinned) and how often to look."""
+    """The control topic: tier 1's public key (pinned), how often to look, when to send again what nobody names."""
 
     public_key: PublicKey
     poll_s: float = Field(default=0.5, gt=0, le=3600)
+    resend_after_s: float = Field(default=600.0, gt=0, le=2_592_000)
 
 
 class Tier2Config(Section):

@@ -15,6 +15,7 @@ from fednested_lib.errors import EnvelopeError
 from fednested_lib.signing import Signer, canonical_json, verify
 
 SIGNATURE_HEADER = "fednested-signature"
+MAX_SETTLED = 512  # update ids in one event
 
 
 class _Event(BaseModel):
@@ -38,20 +39,20 @@ class ModelAvailable(_Event):
     chain_head: Digest
 
 
-class RoundStart(_Event):
-    """A nested round begins; devices may train on the newest model."""
-
-    event: Literal["round_start"] = "round_start"
-    round: int = Field(ge=0)
-    version: int = Field(ge=0)
-
-
 class FederationEnd(_Event):
     """Devices finish what they hold and stop; one older than the model that a device holds is a replay."""
 
     event: Literal["federation_end"] = "federation_end"
     chain_seq: int = Field(ge=0)
     reason: Literal["completed", "cancelled"] = "completed"
+
+
+class UpdatesSettled(_Event):
+    """The chain has consumed these updates, folded or refused for good: their devices may let go of them."""
+
+    event: Literal["updates_settled"] = "updates_settled"
+    chain_seq: int = Field(ge=0)
+    update_ids: Annotated[list[Digest], Field(min_length=1, max_length=MAX_SETTLED)]
 
 
 class TrainingTelemetry(_Event):
@@ -68,7 +69,9 @@ class TrainingTelemetry(_Event):
     payload_bytes: int = Field(ge=0)
 
 
-Event = Annotated[ModelAvailable | RoundStart | FederationEnd | TrainingTelemetry, Field(discriminator="event")]
+Event = Annotated[
+    ModelAvailable | FederationEnd | UpdatesSettled | TrainingTelemetry, Field(discriminator="event")
+]
 _ADAPTER: TypeAdapter = TypeAdapter(Event)
 
 

@@ -217,9 +217,13 @@ class Outbox:
 
         The row stays without its envelope, so that the same update is never sent by a later `put`.
         """
-        self._change(update_ids, "UPDATE updates SET state = 'confirmed', envelope = x'' WHERE update_id = ?")
+        changed = self._change(
+            update_ids,
+            "UPDATE updates SET state = 'confirmed', envelope = x'' WHERE update_id = ? AND state != 'confirmed'",
+        )
         failpoint("outbox.after_confirm")
-        self._sweep()
+        if changed:  # most of what tier 1 names are other devices' updates; what a crash left is swept at the start
+            self._sweep()
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -241,15 +245,15 @@ class Outbox:
         names = [column[0] for column in cursor.description]
         return [OutboxItem(**dict(zip(names, row, strict=True))) for row in cursor]
 
-    def _change(self, update_ids: Iterable[str], statement: str) -> None:
+    def _change(self, update_ids: Iterable[str], statement: str) -> int:
         self._execute("BEGIN IMMEDIATE")
         try:
-            for update_id in update_ids:
-                self._execute(statement, (update_id,))
+            changed = sum(self._execute(statement, (update_id,)).rowcount for update_id in update_ids)
         except BaseException:
             self._execute("ROLLBACK")
             raise
         self._execute("COMMIT")
+        return changed
 
     def _check_room(self, payload_bytes: int) -> None:
         (used,) = self._execute(
@@ -258,7 +262,7 @@ class Outbox:
         if used + payload_bytes > self.max_bytes:
             raise StorageError(
                 f"outbox {self.directory} holds {used} of {self.max_bytes} bytes and cannot take {payload_bytes} more: "
-                "let it send and wait for receipts, or raise export.outbox_bytes"
+                "let it send and wait for receipts, or raise policy.outbox_bytes"
             )
 
     def _sweep(self) -> None:
@@ -318,6 +322,8 @@ def drain(
             if now() + wait_s > give_up_at:
                 break
             sleep(wait_s)
+            if item not in outbox.pending():  # settled meanwhile: whoever sleeps also follows the control topic
+                continue
         try:
             _send(item, outbox, log, payload_store)
             sent.append(item.update_id)

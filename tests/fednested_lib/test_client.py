@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fednested_lib.config import Tier2Config
 from fednested_lib.delta import decode
 from fednested_lib.envelope import HEADER, parse_envelope, verify_envelope
 from fednested_lib.errors import DataError, SnapshotError, StorageError, TrainingError, TransportError
-from fednested_lib.events import FederationEnd, ModelAvailable, parse_event, sign_event
+from fednested_lib.events import FederationEnd, ModelAvailable, UpdatesSettled, parse_event, sign_event
 from fednested_lib.log import TOPICS, InMemoryLog
 from fednested_lib.sidecar import TOPIC
 from fednested_lib.signing import Signer
@@ -27,6 +28,7 @@ from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_sha
 
 SERVER = Signer.from_seed(b"s" * 32)
 DEVICE = Signer.from_seed(b"d" * 32)
+CONTROL_KEYS = {"public_key": SERVER.public_key, "poll_s": 0.01}
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 
 
@@ -91,7 +93,7 @@ class World:
             "heldout": self.directory / "heldout.jsonl",
             "blobs_uri": str(self.directory / "tier1/blobs"),
             "payloads_uri": str(self.directory / "tier1/payloads"),
-            "control": {"public_key": SERVER.public_key, "poll_s": 0.01},
+            "control": CONTROL_KEYS,
             "adapters": {"rank": 2, "alpha": 4.0},
             "training": {**training, **sections.pop("training", {})},
             "policy": {"min_tokens_per_rank": 1, **sections.pop("policy", {})},
@@ -243,6 +245,40 @@ def test_another_federation_on_the_same_log_is_not_obeyed(world):
     assert (envelope.federation, envelope.base_digest) == ("fednested", ours.digest)
 
 
+def test_lets_go_of_what_is_settled(world):
+    """An update that tier 1 names leaves the outbox; one that only somebody else names, and other ids, do not."""
+    world.publish(0)
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    run(config, log=world.log)
+    first, second = (envelope.update_id for envelope in world.envelopes())
+    world.tell(UpdatesSettled(federation="fednested", chain_seq=1, update_ids=[first, "0" * 64]))
+    world.tell(UpdatesSettled(federation="fednested", chain_seq=1, update_ids=[second]), signer=DEVICE)
+    world.tell(UpdatesSettled(federation="other", chain_seq=1, update_ids=[second]))
+    run(config, log=world.log)
+    assert [row[3] for row in _outbox(config)] == ["confirmed", "sent"]
+    assert [path.stem for path in (config.home / "outbox/payloads").iterdir()] == [second]
+
+
+def test_sends_again_what_a_newer_model_does_not_name(world):
+    """A sent update goes out once more, byte by byte, when a newer model came, it is unnamed and the time is over."""
+    world.publish(0)
+    config = world.config(training={"max_updates": 3}, control={**CONTROL_KEYS, "resend_after_s": 0.2})
+    device = _beside(config, world.log)
+    _eventually(lambda: len(world.records()) == 1)
+    time.sleep(0.5)
+    assert len(world.records()) == 1  # no newer model: nobody is waiting for it
+    world.improve()
+    world.publish(1)
+    _eventually(lambda: len(world.records()) >= 3)
+    ids = [envelope.update_id for envelope in world.envelopes()]
+    assert ids.count(ids[0]) >= 2
+    world.tell(UpdatesSettled(federation="fednested", chain_seq=1, update_ids=sorted(set(ids))))
+    _eventually(lambda: [row[3] for row in _outbox(config)] == ["confirmed"] * 2)
+    world.tell(FederationEnd(federation="fednested", chain_seq=1))
+    device.join(20)
+    assert not device.is_alive()
+
+
 def test_fetches_only_what_changed_and_prunes(world):
     """After a fold the device downloads one expert and deletes the old one; it never prunes a shared store."""
     first = world.publish(0)
@@ -336,6 +372,13 @@ def _fork(config: Tier2Config, log: InMemoryLog, failpoint: str | None = None):
     process = multiprocessing.get_context("fork").Process(target=target, daemon=True)  # ends with a test that fails
     process.start()
     return process
+
+
+def _beside(config: Tier2Config, log: InMemoryLog) -> threading.Thread:
+    """Run a device beside the test on the very same log, which a forked process would only see a copy of."""
+    thread = threading.Thread(target=run, args=(config,), kwargs={"log": log}, daemon=True)
+    thread.start()
+    return thread
 
 
 def _eventually(condition, patience_s: float = 60.0) -> None:

@@ -187,7 +187,9 @@ def test_a_full_outbox_says_how_full_and_what_to_do(tmp_path):
         first = put(outbox, 0)
         put(outbox, 1)
         outbox.mark_sent(first, 0, 0)
-        with pytest.raises(StorageError, match=rf"holds {2 * len(SMALL)} of {2 * len(SMALL)} bytes.*outbox_bytes"):
+        with pytest.raises(
+            StorageError, match=rf"holds {2 * len(SMALL)} of {2 * len(SMALL)} bytes.*policy\.outbox_bytes"
+        ):
             put(outbox, 2)
         outbox.confirm([first])
         put(outbox, 2)

@@ -1,4 +1,4 @@
-"""Views of the chain, repaired after every entry: registry aliases, quarantine topic, lineage of versions.
+"""Views of the chain, repaired after every entry: quarantine topic, settled updates, registry aliases, lineage.
 
 None of them is ever read to decide anything, and each can be made again from the chain; so they are written after the
 entry, and a crash or a dead server between leaves only a view that the next call repairs.
@@ -7,19 +7,25 @@ entry, and a crash or a dead server between leaves only a view that the next cal
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 
 import structlog
 
 from fednested_lib.blobs import write_durable
 from fednested_lib.errors import TransportError
+from fednested_lib.events import MAX_SETTLED, UpdatesSettled, sign_event
+from fednested_lib.failpoints import failpoint
 from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput
 from tier1.governance.ports import AccessDecision, ModelVersion, Registered, RegistryState
 from tier1.governance.registry import repair_from_chain
-from tier1.versions.manifest import Genesis, Rejection, Version
+from tier1.versions.manifest import Candidate, Genesis, Rejection, Version
 from tier1.versions.state import ChainState, Sealed
 
 log = structlog.get_logger()
+CONTROL = "control.federation_rounds"
+# Refusals whose update id proves nothing: it is not the content's, not its device's, or another federation's.
+UNPROVEN = frozenset({"bad_update_id", "bad_signature", "foreign_federation"})
 
 
 def sync_views(fed: Federation) -> None:
@@ -30,6 +36,7 @@ def sync_views(fed: Federation) -> None:
     """
     entries = fed.chain.entries()
     _publish_quarantine(fed, entries)
+    _publish_settled(fed, entries)
     repair_from_chain(fed.registry, lambda: registry_state(fed))
     _record_versions(fed, entries)
 
@@ -68,12 +75,46 @@ def _publish_quarantine(fed: Federation, entries: list[Sealed]) -> None:
     """Publish the refused records of entries that were not published yet; at least once, keyed by place."""
     from tier1.versions.quarantine import publish_refused
 
-    mark = fed.home / "quarantined"
+    def publish(_sealed: Sealed, candidate: Candidate) -> None:
+        if candidate.refused:
+            publish_refused(candidate.refused, candidate.inputs.cut, fed.log)
+
+    _for_new_cuts(fed, entries, "quarantined", publish)
+
+
+def _publish_settled(fed: Federation, entries: list[Sealed]) -> None:
+    """Tell devices which updates the entries consumed that were not told yet; at least once, and twice is harmless."""
+    federation = fed.chain.state().federation
+
+    def publish(sealed: Sealed, candidate: Candidate) -> None:
+        ids = list(settled_ids(candidate))
+        for start in range(0, len(ids), MAX_SETTLED):
+            event = UpdatesSettled(
+                federation=federation, chain_seq=sealed.entry.seq, update_ids=ids[start : start + MAX_SETTLED]
+            )
+            fed.log.append(CONTROL, key=b"settled", value=event.to_bytes(), headers=sign_event(event, fed.signer))
+            failpoint("settled.after_publish")
+        log.info("updates.settled", seq=sealed.entry.seq, updates=len(ids))
+
+    _for_new_cuts(fed, entries, "settled", publish)
+
+
+def settled_ids(candidate: Candidate) -> Iterator[str]:
+    """Yield the ids of the updates that a candidate consumed, accepted or refused; each once."""
+    refused = (row.update_id for row in candidate.refused if row.reason not in UNPROVEN)
+    yield from dict.fromkeys(each for each in (*(row.update_id for row in candidate.accepted), *refused) if each)
+
+
+def _for_new_cuts(
+    fed: Federation, entries: list[Sealed], view: str, publish: Callable[[Sealed, Candidate], None]
+) -> None:
+    """Call `publish` for each entry that consumed a cut and lies behind the view's mark, then move the mark."""
+    mark = fed.home / view
     published = int(mark.read_text()) if mark.exists() else -1
     for sealed in entries[published + 1 :]:
         body = sealed.entry.body
-        if isinstance(body, Version | Rejection) and body.candidate.refused and body.candidate.inputs.cut:
-            publish_refused(body.candidate.refused, body.candidate.inputs.cut, fed.log)
+        if isinstance(body, Version | Rejection) and body.candidate.inputs.cut:
+            publish(sealed, body.candidate)
     if entries and entries[-1].entry.seq != published:
         write_durable(mark, str(entries[-1].entry.seq).encode())
 
