@@ -8,7 +8,7 @@ from fednested_lib.errors import ChainError
 from tier1.federation import Federation
 from tier1.loops.records import CandidateRef, Published, Settled
 from tier1.versions.candidates import load_candidate
-from tier1.versions.manifest import Candidate, Try, Version
+from tier1.versions.manifest import Candidate, GateRecord, Try, Version
 
 MAX_ROWS = 300
 
@@ -16,9 +16,13 @@ MAX_ROWS = 300
 def evaluation_html(fed: Federation, settled: Settled) -> str:
     """Return the regression table of the last try: loss per domain before and after, bound, verdict."""
     tries = _tries(fed, settled)
-    gate = tries[-1].gate if tries else None
-    if gate is None:
+    if not tries or tries[-1].gate is None:
         return f"<p>{escape(settled.reason) or 'Nothing was evaluated.'}</p>"
+    return gate_html(tries, tries[-1].gate) + _against_champion(fed, settled)
+
+
+def gate_html(tries: list[Try], gate: GateRecord) -> str:
+    """Return the table of one gate's record; every name is escaped."""
     rows = "".join(
         f"<tr><td>{escape(row.suite)}</td><td>{_number(row.before)}</td><td>{_number(row.after)}</td>"
         f"<td>{_change(row.before, row.after)}</td><td>{row.bound:g}</td>"
@@ -30,7 +34,7 @@ def evaluation_html(fed: Federation, settled: Settled) -> str:
         f"<h3>Automatic gate {verdict} after {len(tries)} tries</h3>"
         f"<p>{escape(gate.reason)}. Losses are nats per token on held-out text.</p>"
         f"<table><tr><th>suite</th><th>before</th><th>after</th><th>change</th><th>bound</th><th></th></tr>{rows}</table>"
-        f"<p>{escape(_try_text(tries))}</p>{_against_champion(fed, settled)}"
+        f"<p>{escape(_try_text(tries))}</p>"
     )
 
 

@@ -15,11 +15,11 @@ import pytest
 
 from fednested_lib.errors import GovernanceError
 from fednested_lib.signing import Signer
+from tests.tier1.governance.mcp_check import check_proposal
 from tier1.governance import lineage_urns as urns
 from tier1.governance.approvals import issue, parse_decision
 from tier1.governance.lineage import MadeVersion, Run, Source, promotion_event, run_event, version_event
 from tier1.governance.lineage_outbox import LineageOutbox
-from tier1.governance.mcp_check import check_proposal
 from tier1.governance.ports import AccessDecision, AccessRequest, LineageEvent, Registered
 
 MANIFEST = "ab" * 32
@@ -262,7 +262,7 @@ def test_governance_imports_neither_datahub_nor_mlflow():
     """Modules that every task imports do not pay for the catalogue's and the registry's client libraries."""
     code = (
         "import sys, tier1.governance.lineage, tier1.governance.lineage_outbox, tier1.governance.registry_mlflow, "
-        "tier1.governance.promotion, tier1.governance.mcp_check\n"
+        "tier1.governance.promotion\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'datahub', 'mlflow', 'flytekit', 'torch'}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}

@@ -1,5 +1,7 @@
 """A strict check of DataHub proposals, offline: what GMS would refuse or silently ignore.
 
+Only tests pay for it: the first call loads DataHub's schemas, which takes most of a second.
+
 `datahub check metadata-file` passes an unknown aspect, an unknown field, a value that is no URN and an aspect on the
 wrong entity. This check rests on the schemas that the acryl-datahub wheel ships: entity and aspect names, the aspects
 each entity may carry (`ASPECT_INFO` of its key), avro types, unknown fields, and for every field with a `Relationship`
