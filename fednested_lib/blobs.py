@@ -244,10 +244,11 @@ def _holds(place: str, data: bytes) -> bool:
 def _read_file(place: str, max_bytes: int | None) -> bytes:
     """Read a regular file of bounded size; a pipe would block for ever, a device file would never end."""
     descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, "not a regular file")
     with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "not a regular file")
         if max_bytes is None:
             return file.read()
         data = b"" if found.st_size > max_bytes else file.read(max_bytes + 1)

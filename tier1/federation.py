@@ -26,8 +26,9 @@ _memory_logs: dict[str, InMemoryLog] = {}
 class Federation:
     """The open parts of one federation. Servers are reached at first use, so a dead one hurts only who needs it.
 
-    Layout of `home`: blobs/ (weights), payloads/ (inputs, archived), chain/ (signed entries), candidates/, cuts/,
-    dense/, reports/, lineage.jsonl, audit.jsonl.
+    Layout of `home`: blobs/ (weights), payloads/ (the devices' drop box), archive/ (accepted inputs), chain/ (signed
+    entries), candidates/, cuts/, dense/, reports/, lineage.jsonl, audit.jsonl. Devices write payloads/ and read blobs/;
+    everything else is for tier 1 alone.
     """
 
     config: Tier1Config
@@ -49,8 +50,13 @@ class Federation:
 
     @cached_property
     def payloads(self) -> BlobStore:
-        """Claim-check payloads and archived inputs, content addressed."""
+        """The devices' drop box: claim-check payloads, content addressed; a device's word until admitted."""
         return BlobStore(self.home / "payloads")
+
+    @cached_property
+    def archive(self) -> BlobStore:
+        """What versions are rebuilt from: accepted envelopes, payloads and dense slices; only tier 1 writes it."""
+        return BlobStore(self.home / "archive")
 
     @cached_property
     def chain(self) -> Chain:

@@ -25,17 +25,17 @@ def fold_dense_blobs(
     eta_core: float,
     eta_t1: float,
     store: BlobStore,
-    payloads: BlobStore,
+    archive: BlobStore,
 ) -> dict[str, str]:
     """Fold a dense delta into the slices of a snapshot.
 
     Args:
         blobs: slice key → digest of the parent.
-        deltas: slice key → digest of the fp32 difference in `payloads`; slices that did not change are absent.
+        deltas: slice key → digest of the fp32 difference in `archive`; slices that did not change are absent.
         eta_core: step of core and router, ≥ 0.
         eta_t1: step of the experts, ≥ 0.
         store: holds the parent's blobs and receives the new ones.
-        payloads: holds the delta's blobs.
+        archive: holds the delta's blobs.
 
     Returns:
         Slice key → digest.
@@ -55,7 +55,7 @@ def fold_dense_blobs(
         eta = eta_core if expert_of(key) is None else eta_t1
         if eta == 0.0:
             continue
-        delta = read_slice(key, deltas[key], payloads)
+        delta = read_slice(key, deltas[key], archive)
         if any(array.any() for array in delta.values()):
             folded[key] = store.put(encode_blob(_add(key, read_slice(key, blobs[key], store), delta, eta)))
     return folded

@@ -78,7 +78,7 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         devices=fed.config.devices,
         settings=settings,
         payloads=fed.payloads,
-        archive=fed.payloads,
+        archive=fed.archive,
     )
     return fold_candidate(
         state.head,
@@ -87,7 +87,7 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         rates=fed.config.rates,
         settings=settings,
         blobs=fed.blobs,
-        payloads=fed.payloads,
+        archive=fed.archive,
         trainer=fed.config.identity.principal,
         authorisation=grant.id,
         lineage=record_fold(fed, cut, grant.id),

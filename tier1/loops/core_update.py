@@ -114,7 +114,7 @@ def _train(fed: Federation, data: PackedData, run_id: str, base_version: int | N
         n_set_aside=data.n_set_aside,
     )
     with progress(core.steps, f"core update from v{base.version}") as on_step:
-        delta = train_core_update(base.snapshot, fed.blobs, packed, settings, fed.payloads, on_step=on_step)
+        delta = train_core_update(base.snapshot, fed.blobs, packed, settings, fed.archive, on_step=on_step)
     log.info(
         "core_update.trained",
         run=run_id,
@@ -187,7 +187,7 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
         rates=fed.config.rates,
         settings=fed.config.aggregation,
         blobs=fed.blobs,
-        payloads=fed.payloads,
+        archive=fed.archive,
         trainer=fed.config.identity.principal,
         authorisation=grant.id,
         lineage=receipt["lineage"],

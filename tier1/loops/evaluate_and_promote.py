@@ -88,7 +88,7 @@ def _settle(fed: Federation, candidate: Candidate) -> Sealed | None:
     from tier1.versions.build import refold
     from tier1.versions.commit import settle
 
-    fold: Callable[[ChainState, Rates], Candidate] = partial(refold, candidate, blobs=fed.blobs, payloads=fed.payloads)
+    fold: Callable[[ChainState, Rates], Candidate] = partial(refold, candidate, blobs=fed.blobs, archive=fed.archive)
     settlement = settle(
         candidate,
         chain=fed.chain,
@@ -367,7 +367,7 @@ def refold_pending(fed: Federation) -> list[int]:
     while pending := fed.chain.state().pending:
         candidate = pending[0].entry.body.candidate
         state = fed.chain.state()
-        again = refold(candidate, state, candidate.rates, blobs=fed.blobs, payloads=fed.payloads)
+        again = refold(candidate, state, candidate.rates, blobs=fed.blobs, archive=fed.archive)
         save_candidate(fed.home, again)
         sealed = _settle(fed, again)
         if sealed is not None and isinstance(sealed.entry.body, Version):

@@ -30,7 +30,7 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
         results = replay(
             fed.chain,
             wanted,
-            payloads=fed.payloads,
+            archive=fed.archive,
             genesis=fed.blobs,
             target=target,
             originals=fed.blobs,
@@ -73,7 +73,7 @@ def verify_all(fed: Federation) -> Iterator[str]:
     """
     yield f"chain: {len(fed.chain.entries())} entries, signatures and links hold"
     yield from check_end(fed)
-    yield f"archive: {verify_archive(fed.chain, fed.payloads)} archived inputs (envelopes, payloads, delta slices) hold"
+    yield f"archive: {verify_archive(fed.chain, fed.archive)} archived inputs (envelopes, payloads, delta slices) hold"
     checks = verify_log(fed.chain, fed.log)
     same = sum(check.status == "same" for check in checks)
     yield f"log: {same} of {len(checks)} cuts are still there and unchanged, {len(checks) - same} expired"

@@ -1,7 +1,8 @@
 """Accepted updates, kept by digest: what a version can be rebuilt from when the log has forgotten.
 
-Envelope and payload bytes of every accepted update lie in `payloads/` under their SHA-256, which the manifest names. So
-replay, a halved-η try and a fold on another head read the same bytes as the first fold, from the same place.
+Envelope and payload bytes of every accepted update lie in `archive/` under their SHA-256, which the manifest names. So
+replay, a halved-η try and a fold on another head read the same bytes as the first fold, from the same place. The drop
+box where devices put payloads is another store: no device can take back or replace what was accepted.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def fold_candidate(
     rates: Rates,
     settings: AggregationSettings,
     blobs: BlobStore,
-    payloads: BlobStore,
+    archive: BlobStore,
     trainer: str,
     authorisation: str,
     lineage: Sequence[str] = (),
@@ -71,7 +71,7 @@ def fold_candidate(
         rates: step sizes.
         settings: clip, prior, rule and mass.
         blobs: holds the parent's blobs and receives the new ones.
-        payloads: the archive: payloads of device updates, slices of dense deltas.
+        archive: payloads of device updates, slices of dense deltas.
         trainer: principal that folds; recorded.
         authorisation: id of the policy decision; recorded.
         lineage: ids of lineage records; recorded.
@@ -89,10 +89,10 @@ def fold_candidate(
             eta_core=rates.eta_core,
             eta_t1=rates.eta_t1,
             store=blobs,
-            payloads=payloads,
+            archive=archive,
         )
     else:
-        folded, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, payloads)
+        folded, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, archive)
     failpoint("fold.after_blobs")
     return Candidate(
         parent=parent.digest,
@@ -114,9 +114,7 @@ def fold_candidate(
     )
 
 
-def refold(
-    candidate: Candidate, state: ChainState, rates: Rates, *, blobs: BlobStore, payloads: BlobStore
-) -> Candidate:
+def refold(candidate: Candidate, state: ChainState, rates: Rates, *, blobs: BlobStore, archive: BlobStore) -> Candidate:
     """Fold the inputs of a candidate again, from the archive: on the head of `state`, with `rates`.
 
     Updates that the chain has accepted meanwhile, or that are too stale for this head, move to the refused.
@@ -126,7 +124,7 @@ def refold(
         SnapshotError: a blob is missing or corrupt.
         StorageError: a disk is full.
     """
-    admission = readmit([restore(accepted, payloads) for accepted in candidate.accepted], state, candidate.settings)
+    admission = readmit([restore(accepted, archive) for accepted in candidate.accepted], state, candidate.settings)
     return fold_candidate(
         state.head,
         candidate.inputs,
@@ -134,7 +132,7 @@ def refold(
         rates=rates,
         settings=candidate.settings,
         blobs=blobs,
-        payloads=payloads,
+        archive=archive,
         trainer=candidate.trainer,
         authorisation=candidate.authorisation,
         lineage=candidate.lineage,
@@ -147,7 +145,7 @@ def _fold_updates(
     eta: float,
     settings: AggregationSettings,
     blobs: BlobStore,
-    payloads: BlobStore,
+    archive: BlobStore,
 ) -> tuple[dict[str, str], list[Accepted]]:
     """Clip, weigh and fold, one decoded update and then one expert matrix in memory at a time."""
     ordered = sorted(updates, key=lambda update: update.envelope.update_id)
@@ -157,7 +155,7 @@ def _fold_updates(
     with FactorSpool() as spool:
         norms = []
         for update, counts in zip(ordered, tokens, strict=True):
-            delta = read_delta(update, payloads, shapes)
+            delta = read_delta(update, archive, shapes)
             norms.append(magnitude(delta, counts)[0])
             spool.add(update.envelope.update_id, delta)
         clips = [clip_factor(norm, settings.max_norm) for norm in norms]

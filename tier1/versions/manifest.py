@@ -73,8 +73,8 @@ class Accepted(Document):
     partition: int
     offset: int
     record_sha256: Digest  # digest of the log record
-    envelope_sha256: Digest  # archived envelope bytes in payloads/
-    payload_sha256: Digest  # archived payload bytes in payloads/
+    envelope_sha256: Digest  # archived envelope bytes in archive/
+    payload_sha256: Digest  # archived payload bytes in archive/
     payload_bytes: int
     public_key: PublicKey  # the registered device key that signed the envelope
     tokens: int = Field(ge=0)  # declared tokens, summed over layers and experts
@@ -105,7 +105,7 @@ class DenseUpdate(Document):
     run_id: Name
     base_version: int = Field(ge=0)
     base_digest: Digest
-    blobs: dict[str, Digest]  # slice key -> digest of the fp32 delta slice in payloads/
+    blobs: dict[str, Digest]  # slice key -> digest of the fp32 delta slice in archive/
     steps: int = Field(ge=0)
     tokens: int = Field(ge=0)
     dataset_digest: Digest

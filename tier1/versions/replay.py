@@ -79,7 +79,7 @@ def replay(
     chain: Chain,
     versions: Iterable[int] | None = None,
     *,
-    payloads: BlobStore,
+    archive: BlobStore,
     genesis: BlobStore,
     target: BlobStore,
     originals: BlobStore | None = None,
@@ -90,7 +90,7 @@ def replay(
     Args:
         chain: the entries; verified on the way.
         versions: numbers to report; None means all. Versions they are built on are rebuilt too.
-        payloads: the archive of inputs.
+        archive: accepted inputs.
         genesis: holds the blobs of version 0.
         target: receives every rebuilt blob; may be empty.
         originals: where blobs of another numeric profile may be found for comparison.
@@ -118,7 +118,7 @@ def replay(
             rebuilt[0] = view
         else:
             result, rebuilt[version] = _rebuild(
-                entries[view.seq], view, rebuilt, payloads, target, originals, devices or {}, chain.trusted
+                entries[view.seq], view, rebuilt, archive, target, originals, devices or {}, chain.trusted
             )
         if version in wanted:
             yield result
@@ -152,7 +152,7 @@ def verify_log(chain: Chain, log: UpdateLog) -> list[LogCheck]:
     return checks
 
 
-def verify_archive(chain: Chain, payloads: BlobStore) -> int:
+def verify_archive(chain: Chain, archive: BlobStore) -> int:
     """Check every archived input of the chain, those of rejections included; return how many.
 
     Raises:
@@ -160,7 +160,7 @@ def verify_archive(chain: Chain, payloads: BlobStore) -> int:
     """
     n = 0
     for sealed in _folds(chain.entries()):
-        n += sum(1 for _ in _evidence(sealed, payloads, {}, chain.trusted))
+        n += sum(1 for _ in _evidence(sealed, archive, {}, chain.trusted))
     return n
 
 
@@ -196,7 +196,7 @@ def _rebuild(
     sealed: Sealed,
     view: VersionView,
     rebuilt: Mapping[int, VersionView],
-    payloads: BlobStore,
+    archive: BlobStore,
     target: BlobStore,
     originals: BlobStore | None,
     devices: Mapping[str, Device],
@@ -204,7 +204,7 @@ def _rebuild(
 ) -> tuple[Replayed, VersionView]:
     recorded: Candidate = sealed.entry.body.candidate
     parent = rebuilt[recorded.parent_version]
-    updates = tuple(restored for restored in _evidence(sealed, payloads, devices, trusted) if restored is not None)
+    updates = tuple(restored for restored in _evidence(sealed, archive, devices, trusted) if restored is not None)
     made = fold_candidate(
         parent,
         recorded.inputs,
@@ -212,7 +212,7 @@ def _rebuild(
         rates=recorded.rates,
         settings=recorded.settings,
         blobs=target,
-        payloads=payloads,
+        archive=archive,
         trainer=recorded.trainer,
         authorisation=recorded.authorisation,
         lineage=recorded.lineage,
@@ -222,17 +222,17 @@ def _rebuild(
     return _compare(recorded, made, target, originals, common), replace(view, parent=parent, blobs=made.blobs)
 
 
-def _evidence(sealed: Sealed, payloads: BlobStore, devices: Mapping[str, Device], trusted: Mapping[str, str]):
+def _evidence(sealed: Sealed, archive: BlobStore, devices: Mapping[str, Device], trusted: Mapping[str, str]):
     """Yield every archived input of an entry after checking it: updates of a cut, None per slice of a dense delta."""
     candidate = sealed.entry.body.candidate
     try:
         for accepted in candidate.accepted:
             _check_key(accepted, devices)
-            yield restore(accepted, payloads)
+            yield restore(accepted, archive)
         if candidate.inputs.dense is not None:
             verify_dense(candidate.inputs.dense, trusted)
             for digest in candidate.inputs.dense.blobs.values():
-                payloads.get(digest)
+                archive.get(digest)
                 yield None
     except (ContractError, ChainCorrupt) as error:
         raise ChainCorrupt(f"{sealed.entry.body.kind} entry {sealed.name}: {error}") from error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,19 @@ def test_a_rejected_version_is_void_and_its_inputs_are_spent(fed):
     assert (outcome.verdict, outcome.champion, state.head.version) == ("rejected", 1, 1)
     assert take_updates(fed).n_records == 0
     assert sum(state.offsets.values()) == 1
+
+
+def test_what_devices_do_to_their_drop_box_cannot_hurt_an_accepted_update(fed):
+    """Accepted inputs are tier 1's own: with the drop box overwritten and emptied, all is verified and rebuilt."""
+    core_round(fed)
+    envelope = Device(fed, "ann").send(rank=16)
+    assert envelope.payload_uri is not None
+    fast_round(fed)
+    assert set(fed.payloads.digests()) == {envelope.payload_sha256}
+    Path(fed.payloads.location(envelope.payload_sha256)).write_bytes(b"overwritten by its device")
+    assert len(list(verify_all(fed))) > 1
+    shutil.rmtree(fed.payloads.uri)
+    assert all("identical" in line for line in rebuilt(fed))
 
 
 def test_successors_of_a_rejected_version_are_folded_again_without_it(fed):

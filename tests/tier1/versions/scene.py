@@ -89,6 +89,7 @@ class Scene:
     def __post_init__(self):
         self.blobs = BlobStore(self.home / "blobs")
         self.payloads = BlobStore(self.home / "payloads")
+        self.archive = BlobStore(self.home / "archive")
         self.chain = Chain(self.home / "chain", signer=COMMITTER, trusted={COMMITTER.public_key: "committer"})
         self.devices = {name: DeviceRecord(public_key=device_key(name).public_key) for name in self.clients}
         self.log.create_topics(TOPICS)
@@ -174,12 +175,12 @@ class Scene:
         rng = np.random.default_rng(seed)
         shapes = {"core/rest": "core/rest.w", "core/layers.1": "core/layers.1.w"}
         blobs = {
-            key: self.payloads.put(encode_blob({name: rng.normal(0, size, (6, 5)).astype(np.float32)}))
+            key: self.archive.put(encode_blob({name: rng.normal(0, size, (6, 5)).astype(np.float32)}))
             for key, name in shapes.items()
         }
         name, (_, d_out, d_in) = next(iter(SHAPES.items()))
         delta = {SLICE_TENSOR: rng.normal(0, size, (d_out, d_in)).astype(np.float32)}
-        blobs[slice_key(name, 1)] = self.payloads.put(encode_blob(delta))
+        blobs[slice_key(name, 1)] = self.archive.put(encode_blob(delta))
         update = make_dense(
             COMMITTER,
             run_id=run_id,
@@ -207,7 +208,7 @@ class Scene:
             devices=self.devices,
             settings=self.settings,
             payloads=self.payloads,
-            archive=self.payloads,
+            archive=self.archive,
         )
 
     def fold(self, inputs: Cut | DenseInput, rates: Rates | None = None) -> Candidate:
@@ -220,7 +221,7 @@ class Scene:
             rates=rates or Rates(),
             settings=self.settings,
             blobs=self.blobs,
-            payloads=self.payloads,
+            archive=self.archive,
             trainer="trainer",
             authorisation="policy-1",
         )
@@ -233,7 +234,7 @@ class Scene:
             candidate,
             chain=self.chain,
             gate=gate or passing_gate,
-            fold=partial(refold, candidate, blobs=self.blobs, payloads=self.payloads),
+            fold=partial(refold, candidate, blobs=self.blobs, archive=self.archive),
             save=partial(save_candidate, self.home),
             max_tries=max_tries,
             now=lambda: "2026-01-02T00:00:00+00:00",

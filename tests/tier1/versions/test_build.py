@@ -59,7 +59,7 @@ def test_same_bytes_in_same_bytes_out(scene):
     assert scene.fold(cut).digest() == first.digest()
     admission = scene.admit(cut)
     backwards = type(admission)(updates=admission.updates[::-1], refused=())
-    arguments = {"rates": Rates(), "settings": scene.settings, "blobs": scene.blobs, "payloads": scene.payloads}
+    arguments = {"rates": Rates(), "settings": scene.settings, "blobs": scene.blobs, "archive": scene.archive}
     again = fold_candidate(
         scene.chain.state().head, Inputs(cut=cut), backwards, trainer="trainer", authorisation="policy-1", **arguments
     )
@@ -111,7 +111,7 @@ def test_refold_with_the_same_rates_and_head_is_the_same_candidate(scene):
     for client in scene.clients:
         scene.send(client, 0)
     candidate = scene.fold(scene.cut())
-    again = refold(candidate, scene.chain.state(), Rates(), blobs=scene.blobs, payloads=scene.payloads)
+    again = refold(candidate, scene.chain.state(), Rates(), blobs=scene.blobs, archive=scene.archive)
     assert again == candidate
 
 
@@ -120,7 +120,7 @@ def test_refold_halves_the_step(scene):
     scene.send("ada", 0)
     parent = scene.chain.state().head
     full = scene.fold(scene.cut())
-    half = refold(full, scene.chain.state(), full.rates.halved(), blobs=scene.blobs, payloads=scene.payloads)
+    half = refold(full, scene.chain.state(), full.rates.halved(), blobs=scene.blobs, archive=scene.archive)
     for key in (f"{name}/0" for name in SHAPES):
         before = matrix(scene, parent.blobs, key)
         np.testing.assert_allclose(
@@ -133,7 +133,7 @@ def test_refold_judges_staleness_and_duplicates_for_the_new_head(scene):
     base = scene.chain.state().head
     scene.send("ada", 0, base=base)
     candidate = scene.fold(scene.cut())
-    fold = partial(refold, candidate, blobs=scene.blobs, payloads=scene.payloads)
+    fold = partial(refold, candidate, blobs=scene.blobs, archive=scene.archive)
     for i in range(scene.settings.max_staleness + 1):
         scene.settle(scene.fold(scene.dense(f"run-{i}", seed=i)))
         again = fold(scene.chain.state(), Rates())
@@ -150,11 +150,11 @@ def test_altered_archive_is_named(scene, part):
     scene.send("ada", 0)
     candidate = scene.fold(scene.cut())
     digest = getattr(candidate.accepted[0], f"{part}_sha256")
-    with open(scene.payloads.location(digest), "r+b") as file:
+    with open(scene.archive.location(digest), "r+b") as file:
         file.seek(5)
         file.write(b"\x00")
     with pytest.raises(ChainCorrupt, match=f"{part} of update .* of ada .*{digest}.*corrupt"):
-        refold(candidate, scene.chain.state(), Rates(), blobs=scene.blobs, payloads=scene.payloads)
+        refold(candidate, scene.chain.state(), Rates(), blobs=scene.blobs, archive=scene.archive)
 
 
 def test_corrupt_parent_blob_stops_the_fold(scene):

@@ -130,7 +130,7 @@ def test_core_update_lands_on_the_new_head_after_two_folds(scene):
     settlement = scene.settle(candidate)
     assert outcomes(settlement) == ["lost_race", "passed"]
     assert scene.chain.state().head.parent.version == 2
-    fold = partial(refold, candidate, blobs=scene.blobs, payloads=scene.payloads)
+    fold = partial(refold, candidate, blobs=scene.blobs, archive=scene.archive)
     assert settlement.candidate.blobs == _folded_on(scene, fold, 2)
 
 

@@ -61,7 +61,7 @@ def assert_made_good(home: Path, whole: Scene) -> None:
     accepted = [(u.client_id, u.sequence) for body in bodies for u in body.candidate.accepted]
     assert sorted(accepted) == sorted({(client, sequence) for client in scene.clients for sequence in (0, 1)})
     assert verify_blobs(scene.chain.state(), scene.blobs) == []
-    assert verify_archive(scene.chain, scene.payloads) == 8 + 3
+    assert verify_archive(scene.chain, scene.archive) == 8 + 3
     assert {check.status for check in verify_log(scene.chain, scene.log)} == {"same"}
 
 
@@ -76,7 +76,7 @@ def test_story_is_what_it_says(whole, tmp_path):
     refused = sorted(record.reason for body in bodies for record in body.candidate.refused)
     assert refused == ["duplicate", "equivocation", "unknown_client"]
     target = BlobStore(tmp_path)
-    results = replay(whole.chain, payloads=whole.payloads, genesis=whole.blobs, target=target, devices=whole.devices)
+    results = replay(whole.chain, archive=whole.archive, genesis=whole.blobs, target=target, devices=whole.devices)
     assert {result.verdict for result in results} == {"identical"}
 
 

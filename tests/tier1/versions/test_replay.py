@@ -34,7 +34,7 @@ def history(tmp_path_factory) -> Scene:
     scene.settle(scene.fold(scene.dense("run-1")))
     scene.decide("reject", 2)
     pending = scene.chain.state().pending[0].entry.body.candidate
-    scene.settle(refold(pending, scene.chain.state(), Rates(), blobs=scene.blobs, payloads=scene.payloads))
+    scene.settle(refold(pending, scene.chain.state(), Rates(), blobs=scene.blobs, archive=scene.archive))
     scene.send("cat", 1)
     scene.settle(scene.fold(scene.cut()), gate=lambda candidate: gate_record(candidate, False), max_tries=2)
     return scene
@@ -60,7 +60,7 @@ def rebuild(scene: Scene, versions=None, **arguments):
         replay(
             scene.chain,
             versions,
-            payloads=scene.payloads,
+            archive=scene.archive,
             genesis=scene.genesis_blobs,
             target=scene.rebuilt,
             **{"devices": scene.devices, **arguments},
@@ -114,18 +114,18 @@ def test_altered_envelope_or_payload_is_named(scene, part, position):
     """One changed byte anywhere in an archived envelope or payload names entry, update and blob."""
     accepted = body_of(scene, 1).candidate.accepted[2]
     digest = getattr(accepted, part)
-    flip(scene.payloads.location(digest), position)
+    flip(scene.archive.location(digest), position)
     name = part.split("_")[0]
     with pytest.raises(ChainCorrupt, match=f"000001.json: {name} of update {accepted.update_id[:12]}.*{digest}"):
         rebuild(scene)
     with pytest.raises(ChainCorrupt, match=digest):
-        verify_archive(scene.chain, scene.payloads)
+        verify_archive(scene.chain, scene.archive)
 
 
 def test_missing_payload_is_named(scene):
     """An archived payload that is gone names entry, update and blob."""
     digest = body_of(scene, 1).candidate.accepted[0].payload_sha256
-    Path(scene.payloads.location(digest)).unlink()
+    Path(scene.archive.location(digest)).unlink()
     with pytest.raises(ChainCorrupt, match=f"000001.json: payload of update .*blob {digest} is missing"):
         rebuild(scene)
 
@@ -133,7 +133,7 @@ def test_missing_payload_is_named(scene):
 def test_altered_dense_slice_is_named(scene):
     """One changed byte in a slice of a core update's delta names entry and blob."""
     digest = body_of(scene, 3).candidate.inputs.dense.blobs["core/rest"]
-    flip(scene.payloads.location(digest))
+    flip(scene.archive.location(digest))
     with pytest.raises(ChainCorrupt, match=f"000003.json.*{digest}"):
         rebuild(scene)
 
@@ -142,9 +142,9 @@ def test_altered_archive_of_a_rejection_is_named(scene):
     """Inputs that were never folded are evidence too."""
     rejection = scene.chain.entries()[-1].entry.body
     assert rejection.kind == "rejection"
-    flip(scene.payloads.location(rejection.candidate.accepted[0].payload_sha256))
+    flip(scene.archive.location(rejection.candidate.accepted[0].payload_sha256))
     with pytest.raises(ChainCorrupt, match="rejection entry 000006.json"):
-        verify_archive(scene.chain, scene.payloads)
+        verify_archive(scene.chain, scene.archive)
 
 
 def rewrite(scene: Scene, seq: int, change) -> None:

@@ -23,7 +23,7 @@ def refold_pending(scene: Scene) -> None:
     """Fold every pending input again, oldest first, as the service does."""
     while scene.chain.state().pending:
         body = scene.chain.state().pending[0].entry.body
-        candidate = refold(body.candidate, scene.chain.state(), Rates(), blobs=scene.blobs, payloads=scene.payloads)
+        candidate = refold(body.candidate, scene.chain.state(), Rates(), blobs=scene.blobs, archive=scene.archive)
         assert scene.settle(candidate).outcome == "advanced"
 
 
@@ -160,7 +160,7 @@ def test_pending_updates_are_not_seen_until_folded_again(scene):
         scene.chain.state(),
         Rates(),
         blobs=scene.blobs,
-        payloads=scene.payloads,
+        archive=scene.archive,
     )
     assert [record.reason for record in candidate.refused] == ["duplicate"]
     assert scene.settle(candidate).outcome == "rejected"
