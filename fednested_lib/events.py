@@ -69,9 +69,7 @@ class TrainingTelemetry(_Event):
     payload_bytes: int = Field(ge=0)
 
 
-Event = Annotated[
-    ModelAvailable | FederationEnd | UpdatesSettled | TrainingTelemetry, Field(discriminator="event")
-]
+Event = Annotated[ModelAvailable | FederationEnd | UpdatesSettled | TrainingTelemetry, Field(discriminator="event")]
 _ADAPTER: TypeAdapter = TypeAdapter(Event)
 
 
