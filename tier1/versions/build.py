@@ -23,7 +23,7 @@ from fednested_lib.snapshot import expert_shapes
 from tier1.aggregation.dense import fold_dense_blobs
 from tier1.aggregation.fold import WeightedUpdate, fold_experts, magnitude, numeric_profile
 from tier1.aggregation.spool import FactorSpool
-from tier1.aggregation.weights import Expert, clip_factor, weigh
+from tier1.aggregation.weights import Expert, clip_factors, weigh
 from tier1.versions.admission import NOTHING_ADMITTED, Admission, readmit
 from tier1.versions.archive import Update, envelope_digest, read_delta, restore
 from tier1.versions.manifest import (
@@ -158,8 +158,9 @@ def _fold_updates(
             delta = read_delta(update, archive, shapes)
             norms.append(magnitude(delta, counts)[0])
             spool.add(update.envelope.update_id, delta)
-        clips = [clip_factor(norm, settings.max_norm) for norm in norms]
-        weights = weigh(tokens, stalenesses, clips, settings)
+        clients = [update.envelope.client_id for update in ordered]
+        clips = clip_factors(clients, norms, settings.max_norm)
+        weights = weigh(clients, tokens, stalenesses, clips, settings)
         terms = [_weighted(update, row, spool) for update, row in zip(ordered, weights, strict=True)]
         folded = fold_experts(parent.blobs, terms, eta=eta, store=blobs)
     rows = zip(ordered, stalenesses, norms, clips, weights, strict=True)

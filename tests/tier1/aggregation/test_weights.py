@@ -6,16 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tier1.aggregation.weights import clip_factor, mass, prior, weigh, weighted_mean
+from tier1.aggregation.weights import clip_factor, clip_factors, counted_tokens, mass, prior, weigh, weighted_mean
 from tier1.versions.manifest import AggregationSettings
 
 SETTINGS = AggregationSettings(max_norm=1.0, token_cap=1000, min_mass_tokens=64)
 E = (0, 3)  # one (layer, expert)
 
 
-def omegas(tokens: list[int], stalenesses: list[int], settings: AggregationSettings = SETTINGS) -> list[float]:
-    """Weigh updates that adapt the one expert E, unclipped."""
-    rows = weigh([{E: count} for count in tokens], stalenesses, [1.0] * len(tokens), settings)
+def omegas(
+    tokens: list[int], stalenesses: list[int], settings: AggregationSettings = SETTINGS, clients: str = "abcdefghijkl"
+) -> list[float]:
+    """Weigh updates that adapt the one expert E, unclipped; each is of another client unless `clients` says."""
+    rows = weigh(clients[: len(tokens)], [{E: count} for count in tokens], stalenesses, [1.0] * len(tokens), settings)
     return [row.get(E, 0.0) for row in rows]
 
 
@@ -49,20 +51,20 @@ def test_tokens_are_capped():
 def test_zero_token_expert_is_withheld():
     """Zero tokens mean that the device withheld the expert: no weight, and it does not count as coverage."""
     settings = SETTINGS.model_copy(update={"min_coverage": 2})
-    assert weigh([{E: 0}], [0], [1.0], SETTINGS) == [{}]
+    assert weigh("a", [{E: 0}], [0], [1.0], SETTINGS) == [{}]
     assert omegas([0, 128], [0, 0], settings) == [0.0, 0.5]  # n_e = 1 of k_min = 2
 
 
 def test_experts_are_weighed_apart():
     """Each expert is shared among the clients that cover it, whatever they do elsewhere."""
     a, b = (0, 0), (1, 0)
-    rows = weigh([{a: 100, b: 100}, {b: 300}], [0, 0], [1.0, 1.0], SETTINGS)
+    rows = weigh("ab", [{a: 100, b: 100}, {b: 300}], [0, 0], [1.0, 1.0], SETTINGS)
     assert rows == [{a: 1.0, b: 0.25}, {b: 0.75}]
 
 
 def test_clip_scales_the_weight_of_every_expert():
     """k_d multiplies ω of all experts of the client."""
-    rows = weigh([{(0, 0): 100, (1, 1): 100}], [0], [0.5], SETTINGS)
+    rows = weigh("a", [{(0, 0): 100, (1, 1): 100}], [0], [0.5], SETTINGS)
     assert rows == [{(0, 0): 0.5, (1, 1): 0.5}]
 
 
@@ -85,7 +87,9 @@ def test_order_of_updates_does_not_show_in_a_single_bit(rows, data):
 
     def run(indices):
         chosen = [rows[i] for i in indices]
-        result = weigh([{E: n} for n, _, _ in chosen], [tau for _, tau, _ in chosen], [k for *_, k in chosen], SETTINGS)
+        clients = [str(i % 4) for i in indices]  # some send several
+        taus, clips = [tau for _, tau, _ in chosen], [k for *_, k in chosen]
+        result = weigh(clients, [{E: n} for n, _, _ in chosen], taus, clips, SETTINGS)
         return {i: row[E] for i, row in zip(indices, result, strict=True)}
 
     assert run(order) == run(range(len(rows)))
@@ -94,7 +98,53 @@ def test_order_of_updates_does_not_show_in_a_single_bit(rows, data):
 @given(rows=updates)
 def test_total_weight_never_exceeds_one(rows):
     """Σω ≤ 1 per expert, so a fold moves an expert by at most η·C."""
-    assert sum(omegas([n for n, _, _ in rows], [tau for _, tau, _ in rows])) <= 1 + 1e-12
+    tokens, stalenesses = [n for n, _, _ in rows], [tau for _, tau, _ in rows]
+    assert sum(omegas(tokens, stalenesses)) <= 1 + 1e-12
+    assert sum(omegas(tokens, stalenesses, clients="aababcabcabb")) <= 1 + 1e-12
+
+
+@given(parts=st.lists(st.integers(1, 10**7), min_size=1, max_size=6), other=st.integers(1, 10**7))
+def test_several_updates_of_a_client_weigh_as_one(parts, other):
+    """A device that sends its tokens in parts counts once: in coverage, under the cap, and in the mass."""
+    settings = SETTINGS.model_copy(update={"min_coverage": 3})
+    split = omegas([*parts, other], [0] * (len(parts) + 1), settings, clients="a" * len(parts) + "b")
+    whole = omegas([sum(parts), other], [0, 0], settings)
+    assert math.isclose(sum(split[:-1]), whole[0])
+    assert math.isclose(split[-1], whole[1])
+
+
+@given(rows=updates)
+def test_one_update_per_client_is_the_plain_formula_to_the_bit(rows):
+    """Sharing bounds among the updates of a client changes no bit where every client sends one."""
+    tokens, stalenesses = [min(n, 1000) for n, *_ in rows], [tau for _, tau, _ in rows]
+    priors = [n * (1.0 + tau) ** -0.5 for n, tau in zip(tokens, stalenesses, strict=True)]
+    step = math.fsum(priors) / max(sum(tokens), 64)
+    expected = [share * step for share in weighted_mean(priors)]
+    assert omegas([n for n, *_ in rows], stalenesses) == expected
+
+
+def test_one_client_is_no_coverage():
+    """Five updates of one device are one of k_min = 5."""
+    settings = SETTINGS.model_copy(update={"min_coverage": 5})
+    assert sum(omegas([100] * 5, [0] * 5, settings, clients="aaaaa")) == pytest.approx(0.2)
+
+
+def test_the_cap_is_shared_by_the_updates_of_a_client():
+    """Cap 1000: 1500 + 500 of one client count 750 + 250; another below it counts in full."""
+    assert counted_tokens("aab", [1500, 500, 300], 1000) == [750.0, 250.0, 300]
+
+
+@given(norms=st.lists(st.floats(0, 1e300), min_size=1, max_size=6), bound=st.floats(1e-6, 1e6))
+def test_the_clip_is_shared_by_the_updates_of_a_client(norms, bound):
+    """√Σ(k·‖ΔW‖)² ≤ C over a client's updates, huge norms included; a client with one update is clipped as ever."""
+    clips = clip_factors("a" * len(norms) + "b", [*norms, norms[0]], bound)
+    assert math.hypot(*(k * norm for k, norm in zip(clips[:-1], norms, strict=True))) <= bound * (1 + 1e-9)
+    assert clips[-1] == clip_factor(norms[0], bound)
+
+
+def test_clip_factors_by_hand():
+    """√(3² + 4²) = 5, so both are halved under C = 2.5."""
+    assert clip_factors("aab", [3.0, 4.0, 2.0], 2.5) == [0.5, 0.5, 1.0]
 
 
 def test_rule_normalises():
@@ -104,5 +154,5 @@ def test_rule_normalises():
 
 def test_prior_and_mass_follow_the_formula():
     """Golden numbers by hand: 100·4^(-1/2) = 50; (50 + 20) / max(100 + 20, 64) = 7/12."""
-    assert prior(100, 3, token_cap=1000, exponent=0.5) == 50.0
-    assert math.isclose(mass([100, 20], [50.0, 20.0], SETTINGS), 70 / 120)
+    assert prior(100, 3, exponent=0.5) == 50.0
+    assert math.isclose(mass("ab", [100, 20], [50.0, 20.0], SETTINGS), 70 / 120)
