@@ -67,12 +67,24 @@ def write(figures: list[Figure], results: dict[str, Result], commit: str, readme
 
 
 def check(figures: list[Figure], results: dict[str, Result], commit: str, readme: Path = README) -> int:
-    """Return 1 and say the remedy when the README's table is not the one these results make for this code."""
+    """Return 1 and say the remedy when the README's table is not made from these results.
+
+    A table whose judgements alone are of other code is out of date too, but no error: every commit of code makes it so
+    until the figures are measured again, and a shallow clone cannot know. It is said, and the check goes on.
+    """
     _, found, _ = _split(readme.read_text())
-    if found.strip() == table(figures, results, commit):
+    expected = table(figures, results, commit)
+    if found.strip() == expected:
+        return 0
+    if _without_judgements(found.strip()) == _without_judgements(expected):
+        print("README.md: the table of claims speaks for other code: run make figures and --readme", file=sys.stderr)
         return 0
     print("README.md: the table of claims is out of date: run python -m benchmarks.figures --readme", file=sys.stderr)
     return 1
+
+
+def _without_judgements(text: str) -> list[list[str]]:
+    return [[cell for position, cell in enumerate(line.split(" | ")) if position != 3] for line in text.splitlines()]
 
 
 def _split(text: str) -> tuple[str, str, str]:
