@@ -1,0 +1,116 @@
+"""One local update is a function of its job: rows, adapters and bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fednested_lib.blobs import BlobStore
+from fednested_lib.config import Tier2Config
+from fednested_lib.errors import DataError
+from fednested_lib.local_update import Interrupted, Job, LocalTrainer, Model, job_seed, window
+from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, write_state_dict
+from fednested_lib.spool import Spool
+
+
+@pytest.fixture
+def trainer(tmp_path, make_model, tokenizer_json) -> LocalTrainer:
+    """A device that holds a snapshot and forty lines of text."""
+    store, model = BlobStore(tmp_path / "home/blobs"), make_model("mixtral", vocabulary=300)
+    manifest = SnapshotManifest(
+        version=0,
+        family="mixtral",
+        model_config=describe_config(model.config),
+        tokenizer=store.put(tokenizer_json),
+        blobs=write_state_dict(model.state_dict(), "mixtral", store),
+    )
+    lines = (json.dumps({"text": f"the cat {i} sat on the mat and the cat {i * i}"}) for i in range(40))
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    made = LocalTrainer(_config(tmp_path), store, Spool(tmp_path / "home/spool"))
+    made.manifest = manifest
+    made.held = Model(version=0, snapshot=store.put(manifest.to_json()), base_digest=manifest.digest, chain_seq=0)
+    return made
+
+
+def _config(directory: Path, **changes) -> Tier2Config:
+    document = {
+        "client_id": "romeo",
+        "key": directory / "device.key",
+        "home": directory / "home",
+        "data": directory / "text.jsonl",
+        "blobs_uri": "unused",
+        "payloads_uri": "unused",
+        "control": {"public_key": "0" * 64},
+        "adapters": {"rank": 2, "alpha": 4.0, "experts": [3, 1]},
+        "training": {"steps": 2, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-3},
+        **changes,
+    }
+    return Tier2Config.model_validate(document)
+
+
+def _trained(trainer: LocalTrainer, sequence: int, first_row: int = 0):
+    job = Job(sequence=sequence, model=trainer.held, first_row=first_row, n_rows=4)
+    report = trainer.train(job, lambda: False)
+    return report, *trainer.spool.read(sequence, expert_shapes(trainer.manifest))
+
+
+def test_every_update_starts_from_its_own_adapters(trainer):
+    """Another sequence number starts from another A, else all updates span one subspace; the same repeats itself."""
+    name = "model.layers.0.mlp.experts.down_proj"
+    first, second, again = (_trained(trainer, sequence)[2].factors[name] for sequence in (0, 1, 0))
+    assert first.expert_ids == (1, 3)
+    assert np.abs(first.lora_a - second.lora_a).max() > 0.1
+    assert first.lora_a.tobytes() == again.lora_a.tobytes()
+    assert first.lora_b.tobytes() == again.lora_b.tobytes()
+
+
+def test_seed_is_of_client_epoch_sequence_and_setting(tmp_path):
+    """No two devices, keys, updates or configured seeds share a seed."""
+    seeds = {
+        job_seed(_config(tmp_path, client_id=client, key_epoch=epoch, training={"seed": seed}), sequence)
+        for client in ("romeo", "juliet")
+        for epoch in (0, 1)
+        for seed in (0, 1)
+        for sequence in (0, 1)
+    }
+    assert len(seeds) == 16
+    assert max(seeds) < 1 << 128
+
+
+def test_report_and_declaration_agree(trainer):
+    """The declaration names the base, the rows and counts that the training had, and the report holds numbers only."""
+    report, declaration, _ = _trained(trainer, 5, first_row=7)
+    assert (declaration.base_digest, declaration.num_examples) == (trainer.manifest.digest, 4)
+    assert declaration.layers() == {0: (1, 3), 1: (1, 3), 2: (1, 3)}
+    assert report.tokens == 2 * 2 * 16
+    assert all(0 < sum(counts) <= 2 * report.tokens for counts in declaration.routed_tokens.values())
+    stored = json.loads((trainer.config.home / "training/000000000005.json").read_bytes())
+    assert stored == vars(report)
+    assert all(value is None or isinstance(value, (int, float)) for value in stored.values())
+
+
+def test_window_goes_round_and_repeats_no_row():
+    """Consecutive windows take every row in turn; a window larger than the text is the whole text once."""
+    rows = np.arange(10)
+    assert window(rows, 0, 4).tolist() == [0, 1, 2, 3]
+    assert window(rows, 8, 4).tolist() == [8, 9, 0, 1]
+    assert window(rows, 28, 4).tolist() == [8, 9, 0, 1]
+    assert sorted(window(rows, 3, 99)) == list(range(10))
+
+
+def test_interrupted_training_spools_nothing(trainer):
+    """A device that is told to stop leaves no half update behind."""
+    job = Job(sequence=0, model=trainer.held, first_row=0, n_rows=4)
+    with pytest.raises(Interrupted):
+        trainer.train(job, lambda: True)
+    assert not trainer.spool.has(0)
+
+
+def test_too_little_text_names_the_lengths(trainer):
+    """A device with less text than one row stops with both lengths."""
+    trainer.config.data.write_text('{"text": "hi"}')
+    with pytest.raises(DataError, match="17"):
+        _trained(trainer, 0)
