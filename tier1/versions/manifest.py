@@ -148,9 +148,9 @@ class Inputs(Document):
 class Rates(Document):
     """Step sizes of the fold."""
 
-    eta_core: float = Field(default=1.0, ge=0)
-    eta_t1: float = Field(default=1.0, ge=0)
-    eta_t2: float = Field(default=1.0, ge=0)
+    eta_core: float = Field(default=1.0, ge=0, le=1000)
+    eta_t1: float = Field(default=1.0, ge=0, le=1000)
+    eta_t2: float = Field(default=1.0, ge=0, le=1000)
 
     def halved(self) -> Rates:
         """Return the rates of the next try after a failed automatic gate."""
@@ -160,12 +160,12 @@ class Rates(Document):
 class AggregationSettings(Document):
     """Bounds of clip, prior and mass (DESIGN §4); part of F's configuration, hence of the manifest."""
 
-    max_norm: float = Field(default=50.0, gt=0)  # C of the clip; honest updates of the demo measure 17 to 26
-    token_cap: int = Field(default=1 << 20, ge=1)
-    staleness_exponent: float = Field(default=0.5, ge=0)
-    max_staleness: int = Field(default=16, ge=0)
-    min_mass_tokens: int = Field(default=256, ge=1)  # m_min
-    min_coverage: int = Field(default=1, ge=1)  # k_min
+    max_norm: float = Field(default=50.0, gt=0, le=1e12)  # C of the clip; honest updates of the demo measure 17 to 26
+    token_cap: int = Field(default=1 << 20, ge=1, le=1 << 53)
+    staleness_exponent: float = Field(default=0.5, ge=0, le=16)
+    max_staleness: int = Field(default=16, ge=0, le=1_000_000)
+    min_mass_tokens: int = Field(default=256, ge=1, le=1 << 53)  # m_min
+    min_coverage: int = Field(default=1, ge=1, le=1_000_000)  # k_min
     rule: Literal["weighted_mean"] = "weighted_mean"
 
 
