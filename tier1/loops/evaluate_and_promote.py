@@ -70,6 +70,7 @@ def settle_candidate(fed: Federation, candidate: CandidateRef) -> Settled:
     if fed.chain.exists():
         require_whole_chain(fed)
         refold_pending(fed)  # what an interrupted rejection left to do
+        sync_views(fed)  # and what a crash after an entry did not show yet
     ref = candidate if candidate.digest else newest_candidate(fed)
     if not ref.digest:
         waiting = waiting_versions(fed)

@@ -40,12 +40,10 @@ def gate_html(tries: list[Try], gate: GateRecord) -> str:
 
 def _against_champion(fed: Federation, settled: Settled) -> str:
     """Return the change since the champion: several versions may have passed their gates since, each a little worse."""
-    from tier1.loops.evaluate_and_promote import losses_of
-
     state = fed.chain.state()
     if settled.status != "head" or state.champion.version in (0, settled.version):
         return ""
-    before, after = (losses_of(fed, state.versions[number]) for number in (state.champion.version, settled.version))
+    before, after = (_losses(fed, manifest) for manifest in (state.champion.digest, settled.manifest))
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{_number(before.get(name))}</td><td>{_number(loss)}</td>"
         f"<td>{_change(before.get(name), loss)}</td></tr>"
@@ -55,6 +53,13 @@ def _against_champion(fed: Federation, settled: Settled) -> str:
         f"<h3>Since the champion, version {state.champion.version}</h3>"
         f"<table><tr><th>suite</th><th>champion</th><th>this version</th><th>change</th></tr>{rows}</table>"
     )
+
+
+def _losses(fed: Federation, manifest: str) -> dict[str, float | None]:
+    """Return the losses that the gate of a version recorded; the deck measures nothing, its image has no torch."""
+    sealed = next(sealed for sealed in fed.chain.entries() if sealed.digest == manifest)
+    gate = sealed.entry.body.tries[-1].gate
+    return {row.suite: row.after for row in gate.rows} if gate else {}
 
 
 def contributors_html(fed: Federation, made: Settled | CandidateRef) -> str:
