@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tier1.aggregation.weights import clip_factor, mass, prior, weigh, weighted_mean
+from tier1.aggregation.rules import weighted_mean
+from tier1.aggregation.weights import clip_factor, mass, prior, weigh
 from tier1.versions.manifest import AggregationSettings
 
 SETTINGS = AggregationSettings(max_norm=1.0, token_cap=1000, min_mass_tokens=64)
@@ -15,7 +16,7 @@ E = (0, 3)  # one (layer, expert)
 
 def omegas(tokens: list[int], stalenesses: list[int], settings: AggregationSettings = SETTINGS) -> list[float]:
     """Weigh updates that adapt the one expert E, unclipped."""
-    rows = weigh([{E: count} for count in tokens], stalenesses, [1.0] * len(tokens), settings)
+    rows = weigh([{E: count} for count in tokens], stalenesses, [1.0] * len(tokens), settings).weights
     return [row.get(E, 0.0) for row in rows]
 
 
@@ -49,20 +50,20 @@ def test_tokens_are_capped():
 def test_zero_token_expert_is_withheld():
     """Zero tokens mean that the device withheld the expert: no weight, and it does not count as coverage."""
     settings = SETTINGS.model_copy(update={"min_coverage": 2})
-    assert weigh([{E: 0}], [0], [1.0], SETTINGS) == [{}]
+    assert weigh([{E: 0}], [0], [1.0], SETTINGS).weights == [{}]
     assert omegas([0, 128], [0, 0], settings) == [0.0, 0.5]  # n_e = 1 of k_min = 2
 
 
 def test_experts_are_weighed_apart():
     """Each expert is shared among the clients that cover it, whatever they do elsewhere."""
     a, b = (0, 0), (1, 0)
-    rows = weigh([{a: 100, b: 100}, {b: 300}], [0, 0], [1.0, 1.0], SETTINGS)
+    rows = weigh([{a: 100, b: 100}, {b: 300}], [0, 0], [1.0, 1.0], SETTINGS).weights
     assert rows == [{a: 1.0, b: 0.25}, {b: 0.75}]
 
 
 def test_clip_scales_the_weight_of_every_expert():
     """k_d multiplies ω of all experts of the client."""
-    rows = weigh([{(0, 0): 100, (1, 1): 100}], [0], [0.5], SETTINGS)
+    rows = weigh([{(0, 0): 100, (1, 1): 100}], [0], [0.5], SETTINGS).weights
     assert rows == [{(0, 0): 0.5, (1, 1): 0.5}]
 
 
@@ -85,7 +86,8 @@ def test_order_of_updates_does_not_show_in_a_single_bit(rows, data):
 
     def run(indices):
         chosen = [rows[i] for i in indices]
-        result = weigh([{E: n} for n, _, _ in chosen], [tau for _, tau, _ in chosen], [k for *_, k in chosen], SETTINGS)
+        columns = [{E: n} for n, _, _ in chosen], [tau for _, tau, _ in chosen], [k for *_, k in chosen]
+        result = weigh(*columns, SETTINGS).weights
         return {i: row[E] for i, row in zip(indices, result, strict=True)}
 
     assert run(order) == run(range(len(rows)))
@@ -99,10 +101,10 @@ def test_total_weight_never_exceeds_one(rows):
 
 def test_rule_normalises():
     """The weighted mean returns shares that sum to one, in proportion to the priors."""
-    assert weighted_mean([1.0, 3.0]) == [0.25, 0.75]
+    assert weighted_mean(None, [1.0, 3.0]).tolist() == [0.25, 0.75]
 
 
 def test_prior_and_mass_follow_the_formula():
     """Golden numbers by hand: 100·4^(-1/2) = 50; (50 + 20) / max(100 + 20, 64) = 7/12."""
-    assert prior(100, 3, token_cap=1000, exponent=0.5) == 50.0
+    assert prior(100, 3, SETTINGS) == 50.0
     assert math.isclose(mass([100, 20], [50.0, 20.0], SETTINGS), 70 / 120)
