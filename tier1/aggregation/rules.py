@@ -78,7 +78,8 @@ def weighted_mean(_gram: Gram | None, prior: Sequence[float]) -> np.ndarray:
 
 def krum_scores(gram: Gram, *, f: int) -> np.ndarray:
     """Return Σ of the n − f − 2 smallest D² of each update to another one."""
-    others = gram.distance2 + np.diag(np.full(gram.n, np.inf))
+    others = gram.distance2.copy()
+    np.fill_diagonal(others, np.inf)
     return np.sort(others, axis=1)[:, : max(gram.n - f - 2, 1)].sum(axis=1)
 
 
@@ -146,11 +147,14 @@ def foolsgold(gram: Gram, prior: np.ndarray) -> np.ndarray:
     In terms of u = 1 − v and 1 − cos, which keep their digits where updates are near-equal. If all are alike, nobody is
     singled out: the weighted mean.
     """
-    apart = _one_minus_cosine(gram) + np.diag(np.full(gram.n, np.inf))
+    apart = _one_minus_cosine(gram)
+    np.fill_diagonal(apart, np.inf)
     nearest = apart.min(axis=1)  # u_i = 1 − max_j cos_ij
+    np.fill_diagonal(apart, 0.0)
     pardon = np.maximum(nearest[:, None] - nearest[None, :], 0.0) / np.maximum(1.0 - nearest[None, :], TINY)
     pardon = np.minimum(pardon, 1.0)  # 1 − v_i/v_j where v_j > v_i, else 0
     apart = np.where(apart < 1.0, apart + pardon - apart * pardon, apart)  # a negative cosine is no likeness
+    np.fill_diagonal(apart, np.inf)
     share = np.clip(apart.min(axis=1), 0.0, 1.0)
     if share.max() <= 0.0:
         return weighted_mean(gram, prior)

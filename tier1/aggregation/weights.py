@@ -115,7 +115,8 @@ def weigh(
         gram = None
         if needs_gram(settings, chosen):
             assert grams is not None, "this pipeline compares updates"
-            gram = _with_root(grams(experts, covering), settings, covering, clients)
+            gram = grams(experts, covering).scaled(np.array([clips[i] for i in covering]))
+            gram = _with_root(gram, settings, covering, clients)
         masses = {expert: mass(counts[expert], priors[expert], settings) for expert in experts}
         shared = np.array([math.fsum(priors[expert][row] for expert in experts) for row in range(len(covering))])
         ledger.enter(covering, [clips[i] for i in covering], shared, masses, gram, chosen, settings)
@@ -179,10 +180,10 @@ class _Ledger:
     ) -> None:
         k = np.asarray(clips, dtype=np.float64)
         if gram is not None:
-            gram = _clip_root(gram.scaled(k), settings)
             if settings.max_expert_norm is not None:
                 extra = np.array([clip_factor(float(norm), settings.max_expert_norm) for norm in gram.norms])
                 k, gram = k * extra, gram.scaled(extra)
+            gram = _clip_root(gram, settings)
         decides = chosen.decides(len(covering))
         if decides and chosen.rule.dense:
             shares = np.full(len(covering), 1.0 / len(covering))
@@ -227,6 +228,7 @@ def _clip_root(gram: Gram, settings: AggregationSettings) -> Gram:
     """Bound the root's norm as an update's, so that a rule that rescales to it cannot exceed the clip."""
     if gram.root is None:
         return gram
-    k = clip_factor(math.sqrt(max(gram.root.norm2, 0.0)), settings.max_norm)
+    bound = min(settings.max_norm, settings.max_expert_norm or math.inf)
+    k = clip_factor(math.sqrt(max(gram.root.norm2, 0.0)), bound)
     root = type(gram.root)(inner=k * gram.root.inner, norm2=k * k * gram.root.norm2)
     return Gram(inner=gram.inner, distance2=gram.distance2, root=root)
