@@ -1,7 +1,7 @@
 """DESIGN §4 again, with dense matrices, and nothing of tier1: what the aggregation is judged by.
 
-Everything is formed: ΔW_{d,e} = s·B·A as one long vector per update and expert, robust rules as their papers write them,
-distances from differences. In long double (80 bit on x86) where rules compare updates, in fp64 elsewhere.
+Everything is formed: ΔW_{d,e} = s·B·A as one long vector per update and expert, robust rules as their papers write
+them, distances from differences. In long double (80 bit on x86) where rules compare updates, in fp64 elsewhere.
 """
 
 from __future__ import annotations

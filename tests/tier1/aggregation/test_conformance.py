@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
-import structlog
 
 from fednested_lib.snapshot import SLICE_TENSOR, decode_blob, encode_blob
 from tests import oracle
@@ -13,14 +10,7 @@ from tier1.aggregation import fold, streaming, weights
 from tier1.aggregation.gram import Gram
 from tier1.versions import build
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Refusals are part of a schedule; ten thousand log lines are not."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    yield
-    structlog.reset_defaults()
-
-
+pytestmark = pytest.mark.usefixtures("many_folds")
 N_SCHEDULES = 1000
 CHUNKS = 10
 
@@ -40,11 +30,15 @@ def assert_conforms(seed: int) -> None:
             assert np.abs(found[key] - matrix).max() <= 1e-6 * np.abs(matrix).max(), (seed, number, key)
 
 
+def assert_all_conform(seeds: range) -> None:
+    for seed in seeds:
+        assert_conforms(seed)
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_schedules_equal_the_dense_oracle(chunk):
     """Clients, ranks, subsets, staleness, duplicates, order, two sends from one base, every rule: 1,000 schedules."""
-    for seed in range(chunk, N_SCHEDULES, CHUNKS):
-        assert_conforms(seed)
+    assert_all_conform(range(chunk, N_SCHEDULES, CHUNKS))
 
 
 def fresh_half(monkeypatch) -> None:
@@ -130,5 +124,4 @@ def test_the_suite_goes_red_for_the_formula_of_a_peer(bug, monkeypatch):
     """Every aggregation bug that a peer shipped, planted in the product, turns the same suite red."""
     bug(monkeypatch)
     with pytest.raises(AssertionError):
-        for seed in range(60):
-            assert_conforms(seed)
+        assert_all_conform(range(60))
