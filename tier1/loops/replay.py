@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.errors import ChainCorrupt, TransportError
+from fednested_lib.errors import ChainCorrupt, ChainError, TransportError
 from tier1.federation import Federation
 from tier1.governance.registry import check_anchor
 from tier1.loops.broadcast import last_announced
@@ -14,17 +14,23 @@ from tier1.versions.audit import AuditRow, audit
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
 
 
-def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str]:
+def replay_versions(fed: Federation, first: int | None = None, last: int | None = None) -> Iterator[str]:
     """Rebuild versions from genesis and the archived inputs and compare every blob; one line each.
+
+    Args:
+        fed: the federation.
+        first: the oldest version to report; None is genesis.
+        last: the newest; None is the newest there is.
 
     Raises:
         ChainCorrupt: a rebuilt blob differs, or evidence does not hold; named.
+        ChainError: the chain does not have these versions.
     """
+    wanted = _range(fed, first, last)
     yield from _check_end(fed)
     scratch = fed.home / "replay"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        wanted = None if version is None else [version]
         results = replay(
             fed.chain,
             wanted,
@@ -48,6 +54,16 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
             yield line
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _range(fed: Federation, first: int | None, last: int | None) -> list[int] | None:
+    if first is None and last is None:
+        return None
+    newest = max(fed.chain.state().versions)
+    first, last = first or 0, newest if last is None else last
+    if not 0 <= first <= last <= newest:
+        raise ChainError(f"versions to replay must be a range in 0..{newest}, got {first}..{last}")
+    return list(range(first, last + 1))
 
 
 def _check_end(fed: Federation) -> Iterator[str]:
