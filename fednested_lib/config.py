@@ -17,12 +17,13 @@ from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
 
 PublicKey = Annotated[str, Field(pattern=HEX64)]
+MAX_SEED = (1 << 63) - 1  # what every random generator takes
 
 
 class Section(BaseModel):
-    """Base of configuration sections: unknown keys are refused."""
+    """Base of configuration sections: unknown keys are refused, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LogConfig(Section):
@@ -40,7 +41,7 @@ class AdaptersConfig(Section):
     """Low-rank adapters: `experts` lists the expert ids adapted in every layer, null means all."""
 
     rank: int = Field(default=8, ge=1, le=256)
-    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=16.0, gt=0, le=1e6)
     experts: list[Annotated[int, Field(ge=0)]] | None = None
 
 
@@ -51,7 +52,7 @@ class LocalTrainingConfig(Section):
     batch_size: int = Field(default=4, ge=1, le=4096)
     seq_len: int = Field(default=96, ge=8, le=8192)
     learning_rate: float = Field(default=4e-3, gt=0, le=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     updates_per_base: int = Field(default=1, ge=1, le=1000)
     max_updates: int | None = Field(default=None, ge=1)
     pace_s: float = Field(default=0.0, ge=0, le=86_400)
@@ -61,7 +62,7 @@ class ExportPolicyConfig(Section):
     """What may leave: distinct-token floor per expert as a multiple of the rank, norm bound, encoding."""
 
     min_tokens_per_rank: int = Field(default=4, ge=1, le=1000)
-    max_norm: float = Field(default=50.0, gt=0, allow_inf_nan=False)
+    max_norm: float = Field(default=50.0, gt=0, le=1e12)
     encoding: Encoding = "int8"
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
 
@@ -105,22 +106,15 @@ def load_yaml(path: str | os.PathLike, model: type[Model], *, command: str) -> M
         command: the command that writes a valid example, named as the remedy.
 
     Raises:
-        ConfigError: missing file, not YAML, unknown key, wrong type or value.
+        ConfigError: missing file, not YAML, a key twice, unknown key, wrong type or value.
     """
-    import yaml
-
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"config file {path} does not exist: write one with `{command}`") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}): it must be UTF-8 YAML") from error
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"config file {path} is not YAML{place}: compare with `{command}`") from None
+    document = _parse_yaml(text, path, command)
     if not isinstance(document, dict):
         raise ConfigError(
             f"config file {path} must hold a mapping, got {type(document).__name__}: write one with `{command}`"
@@ -129,6 +123,51 @@ def load_yaml(path: str | os.PathLike, model: type[Model], *, command: str) -> M
         return model.model_validate(document)
     except ValidationError as error:
         raise ConfigError(_first_problem(path, error, model, command)) from None
+
+
+def _parse_yaml(text: str, path: str | os.PathLike, command: str):
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        _refuse_repeated_keys(root, path)
+        return None if root is None else loader.construct_document(root)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"config file {path} is not YAML{place}: compare with `{command}`") from None
+    except (ValueError, RecursionError) as error:  # an impossible date, a number of thousands of digits, deep nesting
+        raise ConfigError(
+            f"config file {path} cannot be understood ({type(error).__name__}: {str(error)[:100]}): "
+            f"compare with `{command}`"
+        ) from None
+
+
+def _refuse_repeated_keys(root, path: str | os.PathLike) -> None:
+    """YAML keeps the last of two equal keys: a second `deny:` of a policy would silently drop the first."""
+    import yaml
+
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, list[int]] = {}
+            for key, value in node.value:
+                waiting += [key, value]
+                if isinstance(key, yaml.ScalarNode):
+                    lines.setdefault(key.value, []).append(key.start_mark.line + 1)
+            for name, places in lines.items():
+                if len(places) > 1:
+                    raise ConfigError(
+                        f"config file {path}: key {name} stands {len(places)} times, at lines "
+                        f"{', '.join(map(str, places))}: keep one, or merge them"
+                    )
 
 
 def _first_problem(path, error: ValidationError, model: type[BaseModel], command: str) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fednested_lib.config import LogConfig, PublicKey, Section, load_yaml, resolve_uri
+from fednested_lib.config import MAX_SEED, LogConfig, PublicKey, Section, load_yaml, resolve_uri
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from tier1.versions.manifest import AggregationSettings, Rates
@@ -37,37 +37,37 @@ class ModelConfig(Section):
     family: Literal["mixtral", "qwen3_moe", "olmoe"] = "mixtral"
     config: dict = Field(default_factory=dict)
     vocab_size: int = Field(default=1024, ge=258, le=262_144)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
 class CoreUpdateConfig(Section):
     """Training of core and experts on governed datasets (name → JSONL path)."""
 
     datasets: dict[str, Path]
-    steps: int = Field(default=300, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    seq_len: int = Field(default=96, ge=8)
+    steps: int = Field(default=300, ge=1, le=1_000_000_000)
+    batch_size: int = Field(default=16, ge=1, le=1_000_000)
+    seq_len: int = Field(default=96, ge=8, le=1_000_000)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
     threads: int = Field(default=2, ge=1, le=1024)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
 class WindowConfig(Section):
     """When the fast loop closes its buffer: K updates or T seconds, whichever is first."""
 
-    min_updates: int = Field(default=4, ge=1)
-    max_updates: int = Field(default=64, ge=1)
-    max_wait_s: float = Field(default=120.0, ge=0)
+    min_updates: int = Field(default=4, ge=1, le=1_000_000)
+    max_updates: int = Field(default=64, ge=1, le=1_000_000)
+    max_wait_s: float = Field(default=120.0, ge=0, le=604_800)
 
 
 class EvaluationConfig(Section):
     """Suites (name → JSONL path) and the automatic gate: largest allowed rise of any suite's loss, nats per token."""
 
     suites: dict[str, Path]
-    max_regression: float = Field(default=0.05, ge=0)
-    max_tokens: int = Field(default=4096, ge=64)
+    max_regression: float = Field(default=0.05, ge=0, le=100)
+    max_tokens: int = Field(default=4096, ge=64, le=1_000_000_000)
     max_tries: int = Field(default=3, ge=1, le=16)
-    seq_len: int = Field(default=96, ge=8)
+    seq_len: int = Field(default=96, ge=8, le=1_000_000)
 
 
 class RegistryConfig(Section):

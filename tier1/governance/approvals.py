@@ -173,7 +173,7 @@ def _open_token(text: str, approvers: Mapping[str, str]) -> Payload:
         payload = Payload.model_validate(json.loads(message))
     except ValidationError as error:
         raise GovernanceError(f"decision token is malformed: {_first_problem(error)}: issue it again") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise GovernanceError("decision token is malformed: its payload is not JSON: paste it whole") from None
     name = approvers.get(payload.public_key)
     if name is None:

@@ -25,13 +25,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fednested_lib.config import load_yaml
-from fednested_lib.errors import ConfigError
 from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.governance.ports import ACTIONS, RESOURCE_KINDS, AccessDecision, AccessRequest, Action
 
@@ -119,9 +117,7 @@ def load_policy(path: str | os.PathLike) -> Policy:
     Raises:
         ConfigError: missing file, not YAML, a key twice, an unknown key, a wrong value.
     """
-    policy = load_yaml(path, Policy, command=COMMAND)
-    _refuse_repeated_keys(path)
-    return policy
+    return load_yaml(path, Policy, command=COMMAND)
 
 
 def _judge(policy: Policy, request: AccessRequest) -> tuple[bool, str | None, str]:
@@ -172,25 +168,3 @@ def _purpose_matches(rule: Rule, purpose: str | None, *, purpose_needed: bool) -
     if not rule.purposes:
         return True
     return not purpose_needed if purpose is None else purpose in rule.purposes
-
-
-def _refuse_repeated_keys(path: str | os.PathLike) -> None:
-    """YAML keeps the last of two equal keys, so a second `deny:` would silently drop the first."""
-    import yaml
-
-    def walk(node: Any) -> None:
-        if isinstance(node, yaml.MappingNode):
-            names = [key.value for key, _ in node.value]
-            for name in names:
-                if names.count(name) > 1:
-                    place = f"in the mapping at line {node.start_mark.line + 1}"
-                    raise ConfigError(
-                        f"policy file {path}: key {name} stands {names.count(name)} times {place}: merge them"
-                    )
-            for _, value in node.value:
-                walk(value)
-        elif isinstance(node, yaml.SequenceNode):
-            for value in node.value:
-                walk(value)
-
-    walk(yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader))

@@ -81,7 +81,7 @@ class Chain:
         """
         entries = self.entries()
         if not entries:
-            raise ChainError(f"chain {self.root} is empty: make genesis first")
+            raise ChainError(f"chain {self.root} is empty: run `fednested tier1 core-update --config …` first")
         # The last digest fixes all entries before it.
         if self._state is None or self._state.digest != entries[-1].digest:
             self._state = derive(entries)

@@ -172,9 +172,9 @@ class Inputs(Document):
 class Rates(Document):
     """Step sizes of the fold."""
 
-    eta_core: float = Field(default=1.0, ge=0)
-    eta_t1: float = Field(default=1.0, ge=0)
-    eta_t2: float = Field(default=1.0, ge=0)
+    eta_core: float = Field(default=1.0, ge=0, le=1000)
+    eta_t1: float = Field(default=1.0, ge=0, le=1000)
+    eta_t2: float = Field(default=1.0, ge=0, le=1000)
 
     def halved(self) -> Rates:
         """Return the rates of the next try after a failed automatic gate."""
@@ -208,16 +208,16 @@ class AggregationSettings(GrownDocument):
     )
 
     # clip
-    max_norm: float = Field(default=50.0, gt=0)  # C of the clip; honest updates of the demo measure 17 to 26
-    max_expert_norm: float | None = Field(default=None, gt=0)  # the same per expert
-    max_step_norm: float | None = Field(default=None, gt=0)  # bound of ‖ΔW_agg‖ over all experts
+    max_norm: float = Field(default=50.0, gt=0, le=1e12)  # C of the clip; honest updates of the demo measure 17 to 26
+    max_expert_norm: float | None = Field(default=None, gt=0, le=1e12)  # the same per expert
+    max_step_norm: float | None = Field(default=None, gt=0, le=1e12)  # bound of ‖ΔW_agg‖ over all experts
     # prior
-    token_cap: int = Field(default=1 << 20, ge=1)
+    token_cap: int = Field(default=1 << 20, ge=1, le=1 << 53)
     staleness: Literal["polynomial", "hinge", "constant"] = "polynomial"
-    staleness_exponent: float = Field(default=0.5, ge=0)
-    hinge_delay: int = Field(default=4, ge=0)
-    hinge_slope: float = Field(default=1.0, ge=0)
-    max_staleness: int = Field(default=16, ge=0)
+    staleness_exponent: float = Field(default=0.5, ge=0, le=16)
+    hinge_delay: int = Field(default=4, ge=0, le=1_000_000)
+    hinge_slope: float = Field(default=1.0, ge=0, le=1e6)
+    max_staleness: int = Field(default=16, ge=0, le=1_000_000)
     reputation: ReputationSettings | None = None
     # rule
     rule: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")] = "weighted_mean"
@@ -226,8 +226,8 @@ class AggregationSettings(GrownDocument):
     scope: Literal["expert", "shared"] = "expert"  # shared: experts covered by the same updates are judged together
     measure: bool = False  # record cosine and distance to the aggregate; implied by reputation and by robust rules
     # mass
-    min_mass_tokens: int = Field(default=256, ge=1)  # m_min
-    min_coverage: int = Field(default=1, ge=1)  # k_min
+    min_mass_tokens: int = Field(default=256, ge=1, le=1 << 53)  # m_min
+    min_coverage: int = Field(default=1, ge=1, le=1_000_000)  # k_min
     # fold
     outer: OuterSettings | None = None
 

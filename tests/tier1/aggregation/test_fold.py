@@ -83,8 +83,8 @@ def covered(client: Client) -> dict[tuple[int, int], int]:
 def fold_digests(blobs: dict[str, str], clients: Sequence[Client], eta: float, store: BlobStore) -> dict[str, str]:
     """Run the product's clip, weigh and fold."""
     clips = [clip_factor(magnitude(c.delta, covered(c))[0], SETTINGS.max_norm) for c in clients]
-    columns = [covered(c) for c in clients], [c.staleness for c in clients], clips
-    weights = weigh([c.update_id for c in clients], *columns, SETTINGS).weights
+    names = [c.update_id for c in clients]
+    weights = weigh(names, [covered(c) for c in clients], [c.staleness for c in clients], clips, SETTINGS).weights
     with FactorSpool() as spool:
         updates = []
         for client, row in zip(clients, weights, strict=True):

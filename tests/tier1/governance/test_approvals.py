@@ -70,6 +70,7 @@ def test_a_token_survives_a_flyte_string_input():
         (_token()[:60] + _token()[91:], "malformed"),
         ("e30.e30", "malformed"),
         ("a.b", "base64url|malformed"),
+        (base64.urlsafe_b64encode(b"[" * 6000).decode() + ".AA", "malformed"),
         ("yes", "neither approve, reject"),
         ("approved", "neither approve, reject"),
         ("", "neither approve, reject"),

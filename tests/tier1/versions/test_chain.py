@@ -198,7 +198,7 @@ def test_empty_chain_says_what_to_do(tmp_path):
     chain = open_chain(tmp_path / "nothing")
     assert not chain.exists()
     assert chain.entries() == []
-    with pytest.raises(ChainError, match="make genesis first"):
+    with pytest.raises(ChainError, match="run `fednested tier1 core-update --config"):
         chain.state()
 
 

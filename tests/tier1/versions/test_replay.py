@@ -112,8 +112,9 @@ def test_altered_genesis_blob_is_named(scene):
 @pytest.mark.parametrize("position", [0, 77, -1])
 def test_altered_envelope_or_payload_is_named(scene, part, position):
     """One changed byte anywhere in an archived envelope or payload names entry, update and blob."""
-    accepted = body_of(scene, 1).candidate.accepted[2]
-    digest = getattr(accepted, part)
+    rows = body_of(scene, 1).candidate.accepted
+    digest = getattr(rows[2], part)
+    accepted = next(row for row in rows if getattr(row, part) == digest)  # two may have sent the same payload
     flip(scene.archive.location(digest), position)
     name = part.split("_")[0]
     with pytest.raises(ChainCorrupt, match=f"000001.json: {name} of update {accepted.update_id[:12]}.*{digest}"):

@@ -1,0 +1,55 @@
+"""Configuration files that a person may have meant otherwise end in one line, not in a default or a traceback."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fednested_lib.config import Section, load_yaml
+from fednested_lib.errors import ConfigError
+
+
+class Inner(Section):
+    """A section inside."""
+
+    size: float = 1.0
+    names: list[dict[str, int]] = []
+
+
+class Outer(Section):
+    """A whole file."""
+
+    inner: Inner = Inner()
+    other: Inner = Inner()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inner: {size: 1}\nother: {}\ninner: {size: 2}\n", "key inner stands 2 times, at lines 1, 3"),
+        ("inner:\n  size: 1\n  size: 1\n", "key size stands 2 times, at lines 2, 3"),
+        ("inner:\n  names:\n  - {a: 1, b: 2, 'a': 3}\n", "key a stands 2 times, at lines 3, 3"),
+        ("inner: {size: .inf}\n", "inner.size = inf"),
+        ("inner: {size: .nan}\n", "inner.size = nan"),
+        ("inner: {size: 2026-13-45}\n", "cannot be understood (ValueError"),
+        ("inner: " + "[" * 5000, "cannot be understood (RecursionError"),
+        ("inner: &a [*a]\n", "inner"),
+        ("inner: {size: 1", "is not YAML at line 1"),
+        ("", "must hold a mapping, got NoneType"),
+    ],
+)
+def test_a_doubtful_file_is_refused_with_its_place(tmp_path, text, message):
+    """Repeated keys at any depth, infinite numbers, impossible values and endless nesting are named, never guessed."""
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load_yaml(path, Outer, command="fednested init-config tier1")
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_and_equal_keys_in_different_sections_are_fine(tmp_path):
+    """The same key in two sections, or one section used twice by alias, is no repetition."""
+    path = tmp_path / "config.yaml"
+    path.write_text("inner: &shared {size: 2}\nother: *shared\n")
+    assert load_yaml(path, Outer, command="x").other.size == 2
