@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fednested_lib.delta import Encoding
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
@@ -62,7 +63,7 @@ class ExportPolicyConfig(Section):
 
     min_tokens_per_rank: int = Field(default=4, ge=1, le=1000)
     max_norm: float = Field(default=50.0, gt=0, le=1e12)
-    encoding: Literal["int8", "fp16", "fp32"] = "int8"
+    encoding: Encoding = "int8"
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
 
 

@@ -6,9 +6,11 @@ LoRA (Hu et al. 2021, arXiv 2106.09685): `lora_a` is A [r, d_in], `lora_b` is B 
 parameter the factors of the experts a device adapted are *stacked*: `lora_a [n, r, d_in]`, `lora_b [n, d_out, r]`; so
 an update has a handful of tensors however many experts the model has, and any subset of experts and any rank is valid.
 
-The payload is a zstd frame around a safetensors file with canonical bytes. Encodings: `fp32`, `fp16`, and `int8`, the
-default: one fp32 scale per rank vector with unbiased stochastic rounding from a counter generator (Philox), so that the
-same seed gives the same bytes on every machine.
+The payload is a zstd frame around a safetensors file with canonical bytes. Encodings: `fp32`, `fp16`, `int8`, the
+default: one fp32 scale per rank vector, and `int4`: one per block of 128 (`rounding.py`); both with unbiased stochastic
+rounding from a counter generator (Philox), so that the same seed gives the same bytes on every machine.
+
+Two adapter modes: `lora` sends A and B; `fixed_a` sends B alone, and A follows from the spec's seed (`fixed_a.py`).
 
 The parser trusts nothing: sizes are computed from the envelope before a byte is decompressed, the file must be
 byte-identical to what our writer makes of its tensors (so there is no room for metadata, padding, duplicate keys or
@@ -17,6 +19,7 @@ extra fields), and names, types, shapes and finiteness are checked. Nothing is e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -24,21 +27,27 @@ from typing import Literal
 import numpy as np
 
 from fednested_lib.errors import PayloadError
+from fednested_lib.fixed_a import fixed_rows
+from fednested_lib.rounding import pack_int4, packed_shapes, round_int8, unpack_int4
 
-Encoding = Literal["fp32", "fp16", "int8"]
-ENCODINGS: tuple[str, ...] = ("fp32", "fp16", "int8")
+Encoding = Literal["fp32", "fp16", "int8", "int4"]
+Mode = Literal["lora", "fixed_a"]
+ENCODINGS: tuple[str, ...] = ("fp32", "fp16", "int8", "int4")
 MAX_RANK = 256
 _HEADER_BYTES_PER_TENSOR = 512  # a generous bound of one safetensors header entry
-_FACTORS = ("lora_a", "lora_b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
-    """Shape of an adapter: `rank` r in 1..256, `alpha` α > 0; the delta is scaled by α/r."""
+    """Shape of an adapter: `rank` r in 1..256, `alpha` α > 0; the delta is scaled by α/r.
+
+    `seed` belongs to mode `fixed_a` and to no other: 0 ≤ seed < 2**128, as 32 hex digits.
+    """
 
     rank: int
     alpha: float
-    mode: Literal["lora"] = "lora"
+    mode: Mode = "lora"
+    seed: str | None = None
 
     def __post_init__(self):
         if not 1 <= self.rank <= MAX_RANK:
@@ -47,6 +56,13 @@ class AdapterSpec:
             raise PayloadError(
                 "bad_alpha", f"LoRA alpha must be a finite number > 0, got {self.alpha}: set adapters.alpha"
             )
+
+        if (self.mode == "fixed_a") != (self.seed is not None):
+            raise PayloadError(
+                "bad_seed", f"adapter mode {self.mode} with seed {self.seed}: mode fixed_a needs a seed, lora has none"
+            )
+        if self.seed is not None and not re.fullmatch("[0-9a-f]{32}", self.seed):
+            raise PayloadError("bad_seed", f"seed must be 32 hex digits, got {str(self.seed)[:40]!r}: draw another")
 
     @property
     def scale(self) -> float:
@@ -89,14 +105,19 @@ def squared_norm(factors: ExpertFactors, scale: float) -> np.ndarray:
     return scale**2 * np.einsum("npq,npq->n", np.matmul(b.transpose(0, 2, 1), b), np.matmul(a, a.transpose(0, 2, 1)))
 
 
-def _round_int8(vectors: np.ndarray, axis: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Stochastically round to int8 with one scale per vector along `axis`; returns (codes, scales)."""
-    peak = np.abs(vectors).max(axis=axis, keepdims=True)
-    # The smallest normal float keeps the quotient finite for subnormal vectors, which round to zero.
-    scale = np.maximum(peak / np.float32(127.0), np.finfo(np.float32).tiny).astype(np.float32)
-    noise = rng.random(vectors.shape, dtype=np.float32)
-    codes = np.clip(np.floor(vectors / scale + noise), -127, 127).astype(np.int8)
-    return codes, np.where(peak > 0, scale, np.float32(0)).squeeze(axis).astype(np.float32)
+def fixed_factor(spec: AdapterSpec, name: str, expert_ids: tuple[int, ...], d_in: int) -> np.ndarray:
+    """Return A of a `fixed_a` adapter, float32 [n, r, d_in].
+
+    Raises:
+        PayloadError: reason ``bad_rank``, if r > d_in: that many orthonormal rows do not exist.
+    """
+    assert spec.seed is not None, "mode fixed_a has a seed"
+    return fixed_rows(int(spec.seed, 16), name, expert_ids, spec.rank, d_in)
+
+
+def _sent_factors(spec: AdapterSpec) -> tuple[tuple[str, int], ...]:
+    """Return the factors that travel, with the axis of their rank vectors."""
+    return (("lora_b", 1),) if spec.mode == "fixed_a" else (("lora_a", 2), ("lora_b", 1))
 
 
 def _encode_tensors(delta: Delta, encoding: str, seed: int) -> dict[str, np.ndarray]:
@@ -104,7 +125,8 @@ def _encode_tensors(delta: Delta, encoding: str, seed: int) -> dict[str, np.ndar
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(delta.factors):
         factors = delta.factors[name]
-        for factor, axis in (("lora_a", 2), ("lora_b", 1)):
+        _check_fixed(delta.spec, name, factors)
+        for factor, axis in _sent_factors(delta.spec):
             values = np.ascontiguousarray(getattr(factors, factor), dtype=np.float32)
             if not np.isfinite(values).all():
                 raise PayloadError(
@@ -113,10 +135,21 @@ def _encode_tensors(delta: Delta, encoding: str, seed: int) -> dict[str, np.ndar
                 )
             key = f"{name}.{factor}"
             if encoding == "int8":
-                tensors[key], tensors[f"{key}.scale"] = _round_int8(values, axis, rng)
+                tensors[key], tensors[f"{key}.scale"] = round_int8(values, axis, rng)
+            elif encoding == "int4":
+                tensors[key], tensors[f"{key}.scale"] = pack_int4(values, axis, rng)
             else:
                 tensors[key] = values.astype(np.float16) if encoding == "fp16" else values
     return tensors
+
+
+def _check_fixed(spec: AdapterSpec, name: str, factors: ExpertFactors) -> None:
+    if spec.mode != "fixed_a":
+        return
+    if not np.array_equal(factors.lora_a, fixed_factor(spec, name, factors.expert_ids, factors.lora_a.shape[2])):
+        raise PayloadError(
+            "bad_adapter", f"{name}.lora_a is not the A of seed {spec.seed}: in mode fixed_a only B may be trained"
+        )
 
 
 def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
@@ -124,11 +157,11 @@ def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
 
     Args:
         delta: the factors, all finite.
-        encoding: ``int8`` (default), ``fp16`` or ``fp32``.
+        encoding: ``int8`` (default), ``int4``, ``fp16`` or ``fp32``.
         seed: 0 ≤ seed < 2**128, of the stochastic rounding; by convention H(client id, sequence).
 
     Raises:
-        PayloadError: unknown encoding or non-finite values.
+        PayloadError: unknown encoding, non-finite values, or an A that is not the one of the seed.
     """
     import cramjam
     from safetensors.numpy import save
@@ -149,7 +182,8 @@ def _expected(
     """Return name → (dtype, shape) of every tensor the payload must hold."""
     from fednested_lib.partition import expert_param
 
-    dtype = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}[encoding]
+    dtypes = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "int4": np.uint8}
+    dtype = np.dtype(dtypes[encoding])
     expected: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     for name, (n_experts, d_out, d_in) in shapes.items():
         layer, _ = expert_param(name)
@@ -161,10 +195,15 @@ def _expected(
                 "bad_expert_ids",
                 f"expert ids of layer {layer} must be ascending in 0..{n_experts - 1}, got {list(ids)[:8]}",
             )
-        for factor, shape in (("lora_a", (len(ids), spec.rank, d_in)), ("lora_b", (len(ids), d_out, spec.rank))):
+        shapes_of = {"lora_a": (len(ids), spec.rank, d_in), "lora_b": (len(ids), d_out, spec.rank)}
+        for factor, axis in _sent_factors(spec):
+            shape = shapes_of[factor]
+            scales = (len(ids), spec.rank)
+            if encoding == "int4":
+                shape, scales = packed_shapes(len(ids), spec.rank, shape[axis])
             expected[f"{name}.{factor}"] = (dtype, shape)
-            if encoding == "int8":
-                expected[f"{name}.{factor}.scale"] = (np.dtype(np.float32), (len(ids), spec.rank))
+            if encoding in ("int8", "int4"):
+                expected[f"{name}.{factor}.scale"] = (np.dtype(np.float32), scales)
     layers = {expert_param(name)[0] for name in shapes}
     unknown = sorted(set(expert_ids) - layers)
     if unknown:
@@ -242,7 +281,7 @@ def decode(
     expected = _expected(encoding, spec, expert_ids, shapes)
     tensors = _parse(_decompress(payload, expected), expected)
     for name, values in tensors.items():
-        if values.dtype != np.int8 and not np.isfinite(values).all():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise PayloadError("non_finite", f"{name} has NaN or infinite values")
     from fednested_lib.partition import expert_param
 
@@ -250,13 +289,20 @@ def decode(
     for name in sorted(shapes):
         ids = tuple(expert_ids.get(expert_param(name)[0], ()))
         if ids:
-            factors[name] = ExpertFactors(
-                expert_ids=ids, **{factor: _widen(tensors, f"{name}.{factor}", factor) for factor in _FACTORS}
-            )
+            _, d_out, d_in = shapes[name]
+            lora_b = _widen(tensors, f"{name}.lora_b", "lora_b", d_out)
+            if spec.mode == "fixed_a":
+                lora_a = fixed_factor(spec, name, ids, d_in)
+            else:
+                lora_a = _widen(tensors, f"{name}.lora_a", "lora_a", d_in)
+            factors[name] = ExpertFactors(expert_ids=ids, lora_a=lora_a, lora_b=lora_b)
     return Delta(spec=spec, factors=factors)
 
 
-def _widen(tensors: Mapping[str, np.ndarray], key: str, factor: str) -> np.ndarray:
+def _widen(tensors: Mapping[str, np.ndarray], key: str, factor: str, length: int) -> np.ndarray:
+    if tensors[key].dtype == np.uint8:
+        vectors = unpack_int4(key, tensors[key], tensors[f"{key}.scale"], length)
+        return vectors if factor == "lora_a" else np.ascontiguousarray(vectors.transpose(0, 2, 1))
     values = tensors[key].astype(np.float32)
     if f"{key}.scale" in tensors:
         scale = tensors[f"{key}.scale"]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from fednested_lib.delta import MAX_RANK, AdapterSpec
+from fednested_lib.delta import MAX_RANK, AdapterSpec, Encoding, Mode
 from fednested_lib.errors import EnvelopeError
 from fednested_lib.signing import HEX64, Signer, canonical_json, sha256_hex, verify
 
@@ -36,11 +36,23 @@ class AdapterFields(BaseModel):
 
     rank: int = Field(ge=1, le=MAX_RANK)
     alpha: float = Field(gt=0, allow_inf_nan=False)
-    mode: Literal["lora"] = "lora"
+    mode: Mode = "lora"
+    seed: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None  # of A, in mode fixed_a only
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdapterFields:
+        if (self.mode == "fixed_a") != (self.seed is not None):
+            raise ValueError("mode fixed_a needs a seed, and no other mode has one")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_seed(self, handler):
+        # Written only where it means something: envelopes of mode lora keep the bytes they were signed with.
+        return {name: value for name, value in handler(self).items() if name != "seed" or value is not None}
 
     def spec(self) -> AdapterSpec:
         """Return the plain spec."""
-        return AdapterSpec(rank=self.rank, alpha=self.alpha, mode=self.mode)
+        return AdapterSpec(rank=self.rank, alpha=self.alpha, mode=self.mode, seed=self.seed)
 
 
 class Envelope(BaseModel):
@@ -60,7 +72,7 @@ class Envelope(BaseModel):
     expert_ids: dict[Layer, list[Annotated[int, Field(ge=0, le=1 << 16)]]]
     tokens: dict[Layer, list[Count]]
     num_examples: Count
-    encoding: Literal["fp32", "fp16", "int8"]
+    encoding: Encoding
     payload_sha256: Digest
     payload_bytes: int = Field(ge=1, le=MAX_PAYLOAD_BYTES)
     payload_uri: Annotated[str, Field(pattern=r"^blob:[0-9a-f]{64}$")] | None = None
@@ -114,6 +126,7 @@ def make_envelope(signer: Signer, **fields) -> Envelope:
         **fields: every field of `Envelope` but update_id and signature; JSON types.
     """
     fields = {"format": "fednested.update/1", "payload_uri": None, **fields}
+    fields["adapter"] = AdapterFields.model_validate(fields["adapter"]).model_dump()
     fields["update_id"] = _content_id(fields)
     return Envelope(**fields, signature=signer.sign(_signed_part(fields)))
 

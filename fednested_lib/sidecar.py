@@ -50,13 +50,16 @@ def norm(delta: Delta) -> float:
 
 
 def withhold(delta: Delta, kept: Mapping[int, tuple[bool, ...]]) -> Delta:
-    """Set the factors of the experts that are not kept to zero; the expert ids stay as they are."""
-    factors = {}
+    """Set the factors of the experts that are not kept to zero; the expert ids stay as they are.
+
+    An A that follows from a seed says nothing about data and stays.
+    """
+    fixed, factors = delta.spec.mode == "fixed_a", {}
     for name, each in delta.factors.items():
         keep = np.asarray(kept[expert_param(name)[0]])[:, None, None]
         factors[name] = ExpertFactors(
             expert_ids=each.expert_ids,
-            lora_a=np.where(keep, each.lora_a, np.float32(0)),
+            lora_a=each.lora_a if fixed else np.where(keep, each.lora_a, np.float32(0)),
             lora_b=np.where(keep, each.lora_b, np.float32(0)),
         )
     return Delta(spec=delta.spec, factors=factors)

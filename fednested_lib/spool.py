@@ -88,7 +88,9 @@ class Spool:
             sequence=sequence,
             base_version=base_version,
             base_digest=base_digest,
-            adapter=AdapterFields(rank=delta.spec.rank, alpha=float(delta.spec.alpha), mode=delta.spec.mode),
+            adapter=AdapterFields(
+                rank=delta.spec.rank, alpha=float(delta.spec.alpha), mode=delta.spec.mode, seed=delta.spec.seed
+            ),
             expert_ids=ids,
             routed_tokens={layer: routed_tokens[int(layer)] for layer in ids},
             distinct_tokens={layer: distinct_tokens[int(layer)] for layer in ids},

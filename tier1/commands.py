@@ -173,12 +173,18 @@ def nested_round(
 def replay(
     config: Path = CONFIG,
     version: int = typer.Option(None, help="one version; all when absent"),
+    first: int = typer.Option(None, "--from", help="the oldest version to compare"),
+    last: int = typer.Option(None, "--to", help="the newest version to compare"),
 ) -> None:
     """Rebuild versions from genesis and the archived inputs, and compare every blob."""
     from tier1.federation import open_federation
     from tier1.loops.replay import replay_versions
 
-    for line in replay_versions(open_federation(config), version):
+    if version is not None:
+        if (first, last) != (None, None):
+            raise ConfigError(f"--version {version} and --from/--to exclude each other: give one of them")
+        first = last = version
+    for line in replay_versions(open_federation(config), first, last):
         typer.echo(line)
 
 

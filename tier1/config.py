@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fednested_lib.config import MAX_SEED, LogConfig, PublicKey, Section, load_yaml, resolve_uri
 from fednested_lib.envelope import ClientId, FederationName
+from fednested_lib.errors import ConfigError
 from tier1.versions.manifest import AggregationSettings, Rates
 
 COMMAND = "fednested init-config tier1"
@@ -107,9 +108,10 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
     """Load and resolve a tier-1 configuration.
 
     Raises:
-        ConfigError: missing file, unknown key, wrong type or bound.
+        ConfigError: missing file, unknown key, wrong type or bound, a rule that nobody registered.
     """
     config = load_yaml(path, Tier1Config, command=COMMAND)
+    _check_rule(path, config.aggregation)
     base = Path(path).resolve().parent
     core = config.core.model_copy(update={"datasets": {k: base / v for k, v in config.core.datasets.items()}})
     evaluation = config.evaluation.model_copy(
@@ -128,3 +130,12 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
             "governance": config.governance.model_copy(update={"policy": base / config.governance.policy}),
         }
     )
+
+
+def _check_rule(path: str | os.PathLike, settings: AggregationSettings) -> None:
+    from tier1.aggregation.registry import choose
+
+    try:
+        choose(settings)
+    except ConfigError as error:
+        raise ConfigError(f"config file {path}: {error}") from None

@@ -8,8 +8,12 @@ client with the B of another.
 
 Same bytes in, same bytes out: updates are stacked in the order of their ids, the GEMM runs on one thread on operands
 that torch allocated (BLAS may take another path for another thread count or alignment), in fp64, which is rounded to
-fp32 once. fp64 also keeps hostile but finite factors from overflowing inside the product. An expert that no update
-covers keeps its blob. One expert matrix is in memory at a time.
+fp32 once. fp64 also keeps hostile but finite factors from overflowing inside the product. The product is made in blocks
+of rows that stay in the cache: no fp64 copy of W is ever whole. An expert that no update covers keeps its blob. One
+expert matrix is in memory at a time.
+
+With an outer optimiser (`outer.py`) or a rule that needs dense blocks (`coordinate.py`) the same blocks of rows pass
+through a function more: ΔW_agg → step.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from tier1.aggregation.weights import Expert
 from tier1.versions.manifest import NumericProfile
 
 Factors = Callable[[str, int], tuple[np.ndarray, np.ndarray]]
+Term = tuple[float, np.ndarray, np.ndarray]  # (c, A [r, d_in], B [d_out, r])
+ROWS = 512  # of one block; part of the numeric profile of a version, as BLAS may round another block otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +44,14 @@ class WeightedUpdate:
 
     Args:
         update_id: gives the canonical order.
+        client_id: whose it is; a rule that forms dense blocks gives every client one voice.
         scale: s = α/r.
         weights: (layer, expert) → ω.
         factors: (parameter, expert) → (A [r, d_in], B [d_out, r]).
     """
 
     update_id: str
+    client_id: str
     scale: float
     weights: Mapping[Expert, float]
     factors: Factors
@@ -89,16 +97,37 @@ def magnitude(delta: Delta, covered: Mapping[Expert, int]) -> tuple[float, float
     return float(norm2.clamp(min=0).sqrt()), float(reach2.sqrt())
 
 
-def fold_matrix(weight: np.ndarray, terms: Sequence[tuple[float, np.ndarray, np.ndarray]]) -> np.ndarray:
+def fold_matrix(weight: np.ndarray, terms: Sequence[Term]) -> np.ndarray:
     """Return W + Σ c·B·A of one expert matrix.
 
     Args:
         weight: W, fp32 [d_out, d_in].
         terms: (c, A [r, d_in], B [d_out, r]) in canonical order; ranks may differ.
     """
-    stacked_b = torch.cat([_fp64(b).mul_(c) for c, _, b in terms], dim=1)
-    stacked_a = torch.cat([_fp64(a) for _, a, _ in terms], dim=0)
-    return torch.addmm(_fp64(weight), stacked_b, stacked_a).float().numpy()
+    stacked_b, stacked_a = stack(terms)
+    folded = torch.empty(weight.shape)
+    buffer = torch.empty((min(ROWS, len(weight)), weight.shape[1]), dtype=torch.float64)
+    source = torch.from_numpy(weight) if weight.flags.writeable else torch.from_numpy(weight.copy())
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        block = buffer[: len(source[rows])]
+        folded[rows] = block.copy_(source[rows]).addmm_(stacked_b[rows], stacked_a)
+    return folded.numpy()
+
+
+def stack(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ([c_1 B_1 | …] fp64 [d_out, K], [A_1; …] fp64 [K, d_in]) with K = Σr."""
+    (d_in,), (d_out,) = {a.shape[1] for _, a, _ in terms}, {b.shape[0] for *_, b in terms}
+    ranks = [len(a) for _, a, _ in terms]
+    stacked_b = torch.empty((d_out, sum(ranks)), dtype=torch.float64)
+    stacked_a = torch.empty((sum(ranks), d_in), dtype=torch.float64)
+    end = 0
+    for (c, a, b), rank in zip(terms, ranks, strict=True):
+        start, end = end, end + rank
+        stacked_b[:, start:end] = torch.tensor(b)
+        stacked_b[:, start:end] *= c
+        stacked_a[start:end] = torch.tensor(a)
+    return stacked_b, stacked_a
 
 
 def fold_experts(
@@ -123,14 +152,15 @@ def fold_experts(
     folded = dict(blobs)
     with one_thread():
         for key in sorted(blobs):
-            terms = _terms(key, ordered, eta)
+            terms = terms_of(key, ordered, eta)
             if terms:
                 weight = read_slice(key, blobs[key], store)[SLICE_TENSOR]
                 folded[key] = store.put(encode_blob({SLICE_TENSOR: fold_matrix(weight, terms)}))
     return folded
 
 
-def _terms(key: str, updates: Sequence[WeightedUpdate], eta: float) -> list[tuple[float, np.ndarray, np.ndarray]]:
+def terms_of(key: str, updates: Sequence[WeightedUpdate], eta: float) -> list[Term]:
+    """Return (η·ω·s, A, B) of every update that moves the expert slice `key`, in the order given."""
     place = expert_of(key)
     if place is None:
         return []

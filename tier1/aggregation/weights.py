@@ -3,35 +3,61 @@
 For update d of client c(d) and expert e, with N_{d,e} declared tokens, staleness τ_d and ΔW_d over all experts the
 update covers; sums over c(d) run over all updates of the same client in the cut:
 
-    k_d     = min(1, C / √(Σ_{c(d)} ‖ΔW‖²_F))                          clip
+    k_d     = min(1, C / √(Σ_{c(d)} ‖ΔW‖²_F))                          clip (optionally per expert too)
     t_{d,e} = N_{d,e} · min(1, cap / Σ_{c(d)} N_{·,e})                 tokens that count
-    p_{d,e} = t_{d,e} · (1 + τ_d)^(−exponent)                          prior
-    a_{·,e} = rule(p_{·,e}),  Σ_d a_{d,e} = 1                          rule; weighted mean: a = p / Σp
+    p_{d,e} = t_{d,e} · discount(τ_d) · trust_{c(d)}                   prior
+    a_{·,e} = rule(G′_e, p_{·,e}),  Σ_d a_{d,e} = 1,  G′ = k kᵀ ∘ G    rule (`rules.py`); weighted mean: a = p / Σp
     mass_e  = min(1, n_e / k_min) · Σ_d p_{d,e} / max(Σ_d t_{d,e}, m_min)
     ω_{d,e} = k_d · a_{d,e} · mass_e
 
 The bounds are a device's, not an update's: C, the cap and the place in n_e (distinct clients that cover e) are shared
 by the updates of one client, so that sending its data in five parts gains it nothing. With one update per client
-k_d = min(1, C / ‖ΔW_d‖_F) and t_{d,e} = min(N_{d,e}, cap).
+k_d = min(1, C / ‖ΔW_d‖_F) and t_{d,e} = min(N_{d,e}, cap). Rules count devices as well: updates of one client are
+judged as one, their mean in proportion to their priors, and share the weight it gets in the same proportion.
 
-The rule normalises; the mass puts back what that erases: a uniformly stale buffer takes a smaller step (FedBuff, Nguyen
-et al. 2022, arXiv 2106.06639), a lone device with few tokens does not own an expert. A fresh update counts in full:
-(1 + 0)^(−½) = 1, where a version counter that is incremented too early would give less.
+The discount is (1 + τ)^(−exponent), a hinge 1/(1 + slope·max(0, τ − delay)) or 1 (Xie et al. 2019, arXiv 1903.03934).
+The rule normalises; the mass puts back what that erases, whatever the rule: a uniformly stale buffer takes a smaller
+step (FedBuff, Nguyen et al. 2022, arXiv 2106.06639), a lone device with few tokens does not own an expert. A fresh
+update counts in full: (1 + 0)^(−½) = 1, where a version counter that is incremented too early would give less.
 
-An expert with zero declared tokens is one the device withheld; it is not in n_e and has no weight. Sums are correctly
-rounded (`math.fsum`), so that no order of arrival shows in the last bit. A rule maps priors to weights that sum to 1;
-`RULES` is where others are added.
+An expert with zero declared tokens is one the device withheld; it is not in n_e and has no weight. Sums of priors are
+correctly rounded (`math.fsum`), so that no order of arrival shows in the last bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from tier1.aggregation.gram import Gram, distance2_to, own_root
+from tier1.aggregation.registry import Chosen, choose
+from tier1.aggregation.rules import weighted_mean
 from tier1.versions.manifest import AggregationSettings
 
-Rule = Callable[[Sequence[float]], list[float]]
 Expert = tuple[int, int]  # (layer, expert id)
+Grams = Callable[[Sequence[Expert], Sequence[int]], Gram]  # (experts, indices of updates) -> their Gram, of k·ΔW
+TIER1_ROOT = "tier1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """What clip, prior, rule and mass made of a buffer.
+
+    Args:
+        weights: per update, ω of every (layer, expert) it covers; experts with zero tokens are absent.
+        by_block: experts whose rule forms dense blocks; their ω is k·mass/n, n devices, shared by the
+            updates of a device.
+        cosines: per update, to the aggregate before mass; None where nothing was measured.
+        distances: per update, of k·ΔW from the aggregate, likewise.
+    """
+
+    weights: list[dict[Expert, float]]
+    by_block: frozenset[Expert]
+    cosines: list[float | None]
+    distances: list[float | None]
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -70,18 +96,18 @@ def _totals(clients: Sequence[str], tokens: Sequence[int]) -> dict[str, int]:
     return totals
 
 
-def prior(tokens: float, staleness: int, *, exponent: float) -> float:
-    """Return p_{d,e} from the tokens that count and the staleness of the update in heads."""
-    return tokens * (1.0 + staleness) ** -exponent
+def discount(staleness: int, settings: AggregationSettings) -> float:
+    """Return what staleness in heads leaves of a prior, in (0, 1]; 1 for a fresh update."""
+    if settings.staleness == "constant":
+        return 1.0
+    if settings.staleness == "hinge":
+        return 1.0 / (1.0 + settings.hinge_slope * max(0, staleness - settings.hinge_delay))
+    return (1.0 + staleness) ** -settings.staleness_exponent
 
 
-def weighted_mean(priors: Sequence[float]) -> list[float]:
-    """Return a = p / Σp."""
-    total = math.fsum(priors)
-    return [value / total for value in priors]
-
-
-RULES: dict[str, Rule] = {"weighted_mean": weighted_mean}
+def prior(tokens: float, staleness: int, settings: AggregationSettings, trust: float = 1.0) -> float:
+    """Return p_{d,e} from the tokens that count, the update's staleness and the trust in its client."""
+    return tokens * discount(staleness, settings) * trust
 
 
 def mass(
@@ -100,30 +126,163 @@ def weigh(
     stalenesses: Sequence[int],
     clips: Sequence[float],
     settings: AggregationSettings,
-) -> list[dict[Expert, float]]:
+    *,
+    trusts: Sequence[float] | None = None,
+    grams: Grams | None = None,
+) -> Weighing:
     """Weigh updates against each other, expert by expert.
 
     Args:
         clients: per update, the device that sent it.
-        tokens: per update, declared tokens of every (layer, expert) it adapted.
+        tokens: per update, declared tokens of every (layer, expert) it adapted; in canonical order.
         stalenesses: per update, heads between its base and the parent of the fold, ≥ 0.
         clips: per update, k_d.
-        settings: bounds of prior and mass, and the rule.
+        settings: the pipeline.
+        trusts: per update, trust in its client in [0, 1]; 1 if absent.
+        grams: the Gram engine over clipped updates k_d·ΔW_d; needed by rules that compare updates, by bounds per expert
+            and of the step, and to measure.
 
-    Returns:
-        Per update, ω of every (layer, expert) it covers; experts with zero tokens are absent.
+    Raises:
+        ConfigError: the rule is unknown, out of bounds, or returned no weights.
     """
-    weights: list[dict[Expert, float]] = [{} for _ in tokens]
+    chosen, ledger = choose(settings), _Ledger(len(tokens))
+    for experts, covering in _units(tokens, settings.scope):
+        owners = [clients[i] for i in covering]
+        priors, masses = {}, {}
+        for expert in experts:
+            counts = [tokens[i][expert] for i in covering]
+            priors[expert] = [
+                prior(count, stalenesses[i], settings, 1.0 if trusts is None else trusts[i])
+                for i, count in zip(covering, counted_tokens(owners, counts, settings.token_cap), strict=True)
+            ]
+            masses[expert] = mass(owners, counts, priors[expert], settings)
+        gram = None
+        if needs_gram(settings, chosen):
+            assert grams is not None, "this pipeline compares updates"
+            gram = grams(experts, covering).scaled(np.array([clips[i] for i in covering]))
+        shared = np.array([math.fsum(priors[expert][row] for expert in experts) for row in range(len(covering))])
+        ledger.enter(covering, owners, [clips[i] for i in covering], shared, masses, gram, chosen, settings)
+    return ledger.close(settings)
+
+
+def measures(settings: AggregationSettings, chosen: Chosen) -> bool:
+    """Tell whether cosine and distance to the aggregate are recorded."""
+    return settings.measure or (settings.reputation is not None and not chosen.rule.dense) or chosen.rule.needs_gram
+
+
+def needs_gram(settings: AggregationSettings, chosen: Chosen) -> bool:
+    """Tell whether this pipeline compares updates at all; the weighted mean with its defaults does not."""
+    bounds = (settings.max_expert_norm, settings.max_step_norm)
+    return measures(settings, chosen) or any(bound is not None for bound in bounds)
+
+
+def _units(tokens: Sequence[Mapping[Expert, int]], scope: str) -> list[tuple[tuple[Expert, ...], tuple[int, ...]]]:
+    """Return (experts, indices of the updates that cover them) of everything that is judged together."""
+    covering: dict[Expert, tuple[int, ...]] = {}
     for expert in sorted({expert for update in tokens for expert in update}):
-        covering = [i for i, update in enumerate(tokens) if update.get(expert, 0) > 0]
-        if not covering:
-            continue
-        owners, counts = [clients[i] for i in covering], [tokens[i][expert] for i in covering]
-        priors = [
-            prior(count, stalenesses[i], exponent=settings.staleness_exponent)
-            for i, count in zip(covering, counted_tokens(owners, counts, settings.token_cap), strict=True)
-        ]
-        step = mass(owners, counts, priors, settings)
-        for i, share in zip(covering, RULES[settings.rule](priors), strict=True):
-            weights[i][expert] = clips[i] * share * step
-    return weights
+        indices = tuple(i for i, update in enumerate(tokens) if update.get(expert, 0) > 0)
+        if indices:
+            covering[expert] = indices
+    if scope == "expert":
+        return [((expert,), indices) for expert, indices in covering.items()]
+    groups: dict[tuple[int, ...], list[Expert]] = {}
+    for expert, indices in covering.items():
+        groups.setdefault(indices, []).append(expert)
+    return [(tuple(experts), indices) for indices, experts in groups.items()]
+
+
+def _shares(
+    chosen: Chosen, owners: Sequence[str], priors: np.ndarray, gram: Gram | None, settings: AggregationSettings
+) -> tuple[np.ndarray, bool]:
+    """Return a per update, and whether a dense rule forms blocks of them; the rule judges devices."""
+    devices = list(dict.fromkeys(owners))
+    if not chosen.decides(len(devices)) or chosen.rule.weights is weighted_mean:
+        return weighted_mean(gram, priors), False
+    members = [[row for row, owner in enumerate(owners) if owner == device] for device in devices]
+    joint = np.array([math.fsum(priors[rows]) for rows in members])
+    parts = np.zeros((len(devices), len(owners)))  # of every update in the mean of its device
+    for device, rows in enumerate(members):
+        parts[device, rows] = priors[rows] / joint[device]
+    if chosen.rule.dense:
+        return parts.sum(axis=0) / len(devices), True
+    if gram is not None:
+        gram = _clip_root(
+            _with_root(gram if len(devices) == len(owners) else gram.merged(parts), settings, devices), settings
+        )
+    return chosen.weigh(gram, joint) @ parts, False
+
+
+def _with_root(gram: Gram, settings: AggregationSettings, devices: Sequence[str]) -> Gram:
+    if settings.root in (None, TIER1_ROOT) or settings.root not in devices:
+        return gram
+    return own_root(gram, devices.index(settings.root))
+
+
+class _Ledger:
+    """Collects weights unit by unit, and the sums that cosines, distances and the step's norm are made of."""
+
+    def __init__(self, n: int):
+        self.weights: list[dict[Expert, float]] = [{} for _ in range(n)]
+        self.by_block: set[Expert] = set()
+        self.inner, self.own2, self.aggregate2, self.distance2 = (np.zeros(n) for _ in range(4))
+        self.step2 = 0.0
+        self.measured = np.zeros(n, dtype=bool)
+
+    def enter(
+        self,
+        covering: Sequence[int],
+        owners: Sequence[str],
+        clips: Sequence[float],
+        priors: np.ndarray,
+        masses: Mapping[Expert, float],
+        gram: Gram | None,
+        chosen: Chosen,
+        settings: AggregationSettings,
+    ) -> None:
+        k = np.asarray(clips, dtype=np.float64)
+        if gram is not None and settings.max_expert_norm is not None:
+            extra = np.array(clip_factors(owners, gram.norms.tolist(), settings.max_expert_norm))
+            k, gram = k * extra, gram.scaled(extra)
+        shares, by_block = _shares(chosen, owners, priors, gram, settings)
+        if by_block:
+            self.by_block |= set(masses)
+        for row, i in enumerate(covering):
+            for expert, step in masses.items():
+                self.weights[i][expert] = float(k[row] * shares[row] * step)
+        if gram is not None:
+            self._measure(list(covering), gram, shares, max(masses.values()))
+
+    def _measure(self, covering: list[int], gram: Gram, shares: np.ndarray, step: float) -> None:
+        to_aggregate = gram.inner @ shares
+        own2, aggregate2 = np.diag(gram.inner), max(float(shares @ to_aggregate), 0.0)
+        sums_to_one = math.isclose(shares.sum(), 1.0, rel_tol=1e-9)
+        distance2 = distance2_to(gram, shares) if sums_to_one else own2 - 2 * to_aggregate + aggregate2
+        self.inner[covering] += to_aggregate
+        self.own2[covering] += own2
+        self.aggregate2[covering] += aggregate2
+        self.distance2[covering] += np.maximum(distance2, 0.0)
+        self.step2 += step**2 * aggregate2  # experts judged together: their largest mass, so never too little
+        self.measured[covering] = True
+
+    def close(self, settings: AggregationSettings) -> Weighing:
+        if settings.max_step_norm is not None:
+            shrink = clip_factor(math.sqrt(self.step2), settings.max_step_norm)
+            self.weights = [{e: shrink * weight for e, weight in row.items()} for row in self.weights]
+        lengths = np.sqrt(np.maximum(self.own2 * self.aggregate2, 0.0))
+        cosines = np.clip(np.divide(self.inner, lengths, out=np.zeros(len(lengths)), where=lengths > 0), -1.0, 1.0)
+        return Weighing(
+            weights=self.weights,
+            by_block=frozenset(self.by_block),
+            cosines=[float(c) if m else None for c, m in zip(cosines, self.measured, strict=True)],
+            distances=[float(d) if m else None for d, m in zip(np.sqrt(self.distance2), self.measured, strict=True)],
+        )
+
+
+def _clip_root(gram: Gram, settings: AggregationSettings) -> Gram:
+    """Bound the root's norm as an update's, so that a rule that rescales to it cannot exceed the clip."""
+    if gram.root is None:
+        return gram
+    bound = min(settings.max_norm, settings.max_expert_norm or math.inf)
+    k = clip_factor(math.sqrt(max(gram.root.norm2, 0.0)), bound)
+    root = type(gram.root)(inner=k * gram.root.inner, norm2=k * k * gram.root.norm2)
+    return Gram(inner=gram.inner, distance2=gram.distance2, root=root)

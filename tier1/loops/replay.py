@@ -6,27 +6,33 @@ import shutil
 from collections.abc import Iterator
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.errors import ChainCorrupt, SnapshotError
+from fednested_lib.errors import ChainCorrupt, ChainError, SnapshotError
 from tier1.federation import Federation
 from tier1.loops.anchors import check_end
 from tier1.versions.audit import AuditRow, audit
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
 
 
-def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str]:
+def replay_versions(fed: Federation, first: int | None = None, last: int | None = None) -> Iterator[str]:
     """Rebuild versions from genesis and the archived inputs and compare every blob; one line each.
 
     Blobs of the store that are missing or corrupt are put back from what was rebuilt to the same digest.
 
+    Args:
+        fed: the federation.
+        first: the oldest version to report; None is genesis.
+        last: the newest; None is the newest there is.
+
     Raises:
         ChainCorrupt: a rebuilt blob differs, or evidence does not hold; named.
+        ChainError: the chain does not have these versions.
     """
+    wanted = _range(fed, first, last)
     yield from check_end(fed)
     scratch = fed.home / "replay"
     target = BlobStore(scratch)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        wanted = None if version is None else [version]
         results = replay(
             fed.chain,
             wanted,
@@ -53,10 +59,20 @@ def replay_versions(fed: Federation, version: int | None = None) -> Iterator[str
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _range(fed: Federation, first: int | None, last: int | None) -> list[int] | None:
+    if first is None and last is None:
+        return None
+    newest = max(fed.chain.state().versions)
+    first, last = first or 0, newest if last is None else last
+    if not 0 <= first <= last <= newest:
+        raise ChainError(f"versions to replay must be a range in 0..{newest}, got {first}..{last}")
+    return list(range(first, last + 1))
+
+
 def _restore(fed: Federation, version: int, rebuilt: BlobStore) -> int:
     """Put back the stored blobs of a version that are missing or corrupt; return how many."""
-    restored = 0
-    for digest in set(fed.chain.state().versions[version].blobs.values()):
+    view, restored = fed.chain.state().versions[version], 0
+    for digest in {*view.blobs.values(), *view.outer.values()}:
         try:
             fed.blobs.get(digest)
         except SnapshotError:

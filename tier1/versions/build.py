@@ -11,7 +11,7 @@ order of arrival, not the number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,10 +20,15 @@ from fednested_lib.blobs import BlobStore
 from fednested_lib.failpoints import failpoint
 from fednested_lib.signing import canonical_json, sha256_hex
 from fednested_lib.snapshot import expert_shapes
+from tier1.aggregation.coordinate import statistic_of
 from tier1.aggregation.dense import fold_dense_blobs
 from tier1.aggregation.fold import WeightedUpdate, fold_experts, magnitude, numeric_profile
+from tier1.aggregation.outer import fold_stepped
+from tier1.aggregation.registry import choose, origin
+from tier1.aggregation.reputation import trusts
 from tier1.aggregation.spool import FactorSpool
-from tier1.aggregation.weights import Expert, clip_factors, weigh
+from tier1.aggregation.streaming import dense_root, spooled_grams
+from tier1.aggregation.weights import TIER1_ROOT, Expert, Weighing, clip_factors, weigh
 from tier1.versions.admission import NOTHING_ADMITTED, Admission, readmit
 from tier1.versions.archive import Update, envelope_digest, read_delta, restore
 from tier1.versions.manifest import (
@@ -81,6 +86,7 @@ def fold_candidate(
         SnapshotError: a blob of the parent or the archive is missing or corrupt.
         StorageError: a disk is full.
     """
+    outer = dict(parent.outer)
     if inputs.dense is not None:
         accepted: list[Accepted] = []
         folded = fold_dense_blobs(
@@ -92,7 +98,7 @@ def fold_candidate(
             archive=archive,
         )
     else:
-        folded, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, archive)
+        folded, outer, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, archive)
     failpoint("fold.after_blobs")
     return Candidate(
         parent=parent.digest,
@@ -102,7 +108,7 @@ def fold_candidate(
         refused=sorted(admission.refused, key=lambda record: (record.partition, record.offset)),
         rates=rates,
         settings=settings,
-        code_version=code_version(),
+        code_version=code_version() + origin(settings.rule),
         profile=numeric_profile(),
         family=parent.family,
         model=parent.model,
@@ -111,6 +117,7 @@ def fold_candidate(
         trainer=trainer,
         authorisation=authorisation,
         lineage=list(lineage),
+        outer=outer,
     )
 
 
@@ -146,31 +153,80 @@ def _fold_updates(
     settings: AggregationSettings,
     blobs: BlobStore,
     archive: BlobStore,
-) -> tuple[dict[str, str], list[Accepted]]:
+) -> tuple[dict[str, str], dict[str, str], list[Accepted]]:
     """Clip, weigh and fold, one decoded update and then one expert matrix in memory at a time."""
     ordered = sorted(updates, key=lambda update: update.envelope.update_id)
     shapes = expert_shapes(parent.snapshot)
     tokens = [update.tokens() for update in ordered]
     stalenesses = [parent.staleness(update.envelope.base_version) for update in ordered]
+    clients = [update.envelope.client_id for update in ordered]
+    trust = None if settings.reputation is None else trusts(parent, clients, settings.reputation)
     with FactorSpool() as spool:
         norms = []
         for update, counts in zip(ordered, tokens, strict=True):
             delta = read_delta(update, archive, shapes)
             norms.append(magnitude(delta, counts)[0])
             spool.add(update.envelope.update_id, delta)
-        clients = [update.envelope.client_id for update in ordered]
         clips = clip_factors(clients, norms, settings.max_norm)
-        weights = weigh(clients, tokens, stalenesses, clips, settings)
-        terms = [_weighted(update, row, spool) for update, row in zip(ordered, weights, strict=True)]
-        folded = fold_experts(parent.blobs, terms, eta=eta, store=blobs)
-    rows = zip(ordered, stalenesses, norms, clips, weights, strict=True)
-    return folded, [_accepted(*row) for row in rows]
+        terms = [_weighted(update, {}, spool) for update in ordered]
+        root = dense_root(_last_dense(parent), archive) if settings.root == TIER1_ROOT else None
+        weighing = weigh(
+            clients,
+            tokens,
+            stalenesses,
+            clips,
+            settings,
+            trusts=None if trust is None else [trust[client] for client in clients],
+            grams=spooled_grams(terms, list(shapes), root),
+        )
+        terms = [_weighted(update, row, spool) for update, row in zip(ordered, weighing.weights, strict=True)]
+        folded, outer = _fold(parent, terms, eta, settings, weighing, blobs)
+    rows = zip(ordered, stalenesses, norms, clips, weighing.weights, strict=True)
+    accepted = [_accepted(*row) for row in rows]
+    return (
+        folded,
+        outer,
+        [
+            row.model_copy(update={"trust": trust and trust[row.client_id], "cosine": cosine, "distance": distance})
+            for row, cosine, distance in zip(accepted, weighing.cosines, weighing.distances, strict=True)
+        ],
+    )
+
+
+def _fold(
+    parent: VersionView,
+    updates: Sequence[WeightedUpdate],
+    eta: float,
+    settings: AggregationSettings,
+    weighing: Weighing,
+    blobs: BlobStore,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Fold weighted updates; the plain sum takes the short way."""
+    if settings.outer is None and not weighing.by_block:
+        return fold_experts(parent.blobs, updates, eta=eta, store=blobs), dict(parent.outer)
+    chosen = choose(settings)
+    return fold_stepped(
+        parent.blobs,
+        updates,
+        eta=eta,
+        store=blobs,
+        outer=settings.outer,
+        states=parent.outer,
+        by_block=weighing.by_block,
+        statistic=statistic_of(chosen.name, chosen.options),
+    )
+
+
+def _last_dense(parent: VersionView) -> Mapping[str, str]:
+    """Return slice key → digest of the newest tier-1 delta on the way to `parent`; empty if there is none."""
+    return next((view.dense.blobs for view in parent.lineage() if view.dense is not None), {})
 
 
 def _weighted(update: Update, weights: dict[Expert, float], spool: FactorSpool) -> WeightedUpdate:
     update_id = update.envelope.update_id
     return WeightedUpdate(
         update_id=update_id,
+        client_id=update.envelope.client_id,
         scale=update.envelope.adapter.spec().scale,
         weights=weights,
         factors=lambda param, expert: spool.read(update_id, param, expert),

@@ -30,7 +30,7 @@ from tier1.versions.chain import Chain
 from tier1.versions.cut import read_cut
 from tier1.versions.dense_update import verify_dense
 from tier1.versions.manifest import Accepted, Candidate
-from tier1.versions.state import ChainState, Sealed, VersionView
+from tier1.versions.state import ChainState, Sealed, VersionView, history_of
 
 Verdict = Literal["identical", "equivalent", "differs"]
 TOLERANCE = 1e-5  # largest |difference| / largest |weight| of a slice that counts as equivalent
@@ -168,7 +168,8 @@ def verify_blobs(state: ChainState, blobs: BlobStore) -> list[BlobProblem]:
     """Read every blob that a version names and return those that are missing or corrupt."""
     problems, checked = [], set()
     for view in state.versions.values():
-        for key, digest in {**view.blobs, "tokenizer": view.tokenizer}.items():
+        outer = {f"outer/{key}": digest for key, digest in view.outer.items()}
+        for key, digest in {**view.blobs, **outer, "tokenizer": view.tokenizer}.items():
             if digest in checked:
                 continue
             checked.add(digest)
@@ -219,7 +220,8 @@ def _rebuild(
     )
     n_folded = sum(parent.blobs.get(key) != digest for key, digest in made.blobs.items())
     common = {"version": view.version, "n_blobs": len(recorded.blobs), "n_folded": n_folded}
-    return _compare(recorded, made, target, originals, common), replace(view, parent=parent, blobs=made.blobs)
+    rebuilt_view = replace(view, parent=parent, blobs=made.blobs, **history_of(made))
+    return _compare(recorded, made, target, originals, common), rebuilt_view
 
 
 def _evidence(sealed: Sealed, archive: BlobStore, devices: Mapping[str, Device], trusted: Mapping[str, str]):
@@ -250,18 +252,24 @@ def _check_key(accepted: Accepted, devices: Mapping[str, Device]) -> None:
 def _compare(
     recorded: Candidate, made: Candidate, target: BlobStore, originals: BlobStore | None, common: dict
 ) -> Replayed:
-    different = sorted(key for key in {*recorded.blobs, *made.blobs} if recorded.blobs.get(key) != made.blobs.get(key))
+    said, found = _digests(recorded), _digests(made)
+    different = sorted(key for key in {*said, *found} if said.get(key) != found.get(key))
     same_profile = recorded.profile == numeric_profile()
     if not different:
         row = _different_row(recorded, made) if same_profile else None
         return Replayed(verdict="differs" if row else "identical", where=row, **common)
     largest = None
-    if originals is not None and set(recorded.blobs) == set(made.blobs):
-        largest = max(_difference(recorded.blobs[key], made.blobs[key], target, originals) for key in different)
+    if originals is not None and set(said) == set(found):
+        largest = max(_difference(said[key], found[key], target, originals) for key in different)
     close = not same_profile and largest is not None and largest <= TOLERANCE
     return Replayed(
         verdict="equivalent" if close else "differs", where=different[0], largest_difference=largest, **common
     )
+
+
+def _digests(candidate: Candidate) -> dict[str, str]:
+    """Return every blob that a fold made or kept: weights, and the outer optimiser's state."""
+    return {**candidate.blobs, **{f"outer/{key}": digest for key, digest in candidate.outer.items()}}
 
 
 def _different_row(recorded: Candidate, made: Candidate) -> str | None:

@@ -14,7 +14,7 @@ where they ended, that nothing is consumed twice. So a chain that derives has ev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -22,7 +22,19 @@ from typing import NamedTuple
 
 from fednested_lib.errors import ChainCorrupt
 from fednested_lib.snapshot import SnapshotManifest
-from tier1.versions.manifest import Accepted, Candidate, Cut, Decision, Entry, Genesis, Inputs, Rejection, Version
+from tier1.versions.manifest import (
+    Accepted,
+    Candidate,
+    Cut,
+    Decision,
+    DenseInput,
+    Entry,
+    Genesis,
+    Inputs,
+    Refused,
+    Rejection,
+    Version,
+)
 
 Claim = tuple[str, int, int]  # (client, key epoch, sequence number)
 
@@ -57,6 +69,10 @@ class VersionView:
         model: transformers config.
         tokenizer: digest of the tokenizer blob.
         blobs: slice key → digest.
+        outer: slice key → digest of the outer optimiser's state.
+        accepted: rows of the updates that it folded; with `refused` what reputation is derived from.
+        refused: rows of the records that it refused.
+        dense: the tier-1 delta that it folded, if it folded one.
     """
 
     version: int
@@ -67,6 +83,10 @@ class VersionView:
     model: dict
     tokenizer: str
     blobs: Mapping[str, str]
+    outer: Mapping[str, str] = field(default_factory=dict, repr=False)
+    accepted: Sequence[Accepted] = field(default=(), repr=False, compare=False)
+    refused: Sequence[Refused] = field(default=(), repr=False, compare=False)
+    dense: DenseInput | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def snapshot(self) -> SnapshotManifest:
@@ -226,6 +246,7 @@ class _Ledger:
             model=model.model,
             tokenizer=model.tokenizer,
             blobs=model.blobs,
+            **({} if isinstance(model, Genesis) else history_of(model)),
         )
 
     def _consume(self, sealed: Sealed, body: Version | Rejection) -> None:
@@ -306,6 +327,16 @@ class _Ledger:
         self.spent[name] = self.sealed[version].entry.seq
         for update in candidate.accepted:
             self.claims.setdefault(claim_of(update), update.update_id)
+
+
+def history_of(candidate: Candidate) -> dict:
+    """Return the fields of `VersionView` that later folds derive weights and steps from."""
+    return {
+        "outer": candidate.outer,
+        "accepted": tuple(candidate.accepted),
+        "refused": tuple(candidate.refused),
+        "dense": candidate.inputs.dense,
+    }
 
 
 def claim_of(update: Accepted) -> Claim:

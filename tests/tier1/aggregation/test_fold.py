@@ -84,7 +84,7 @@ def fold_digests(blobs: dict[str, str], clients: Sequence[Client], eta: float, s
     """Run the product's clip, weigh and fold."""
     clips = [clip_factor(magnitude(c.delta, covered(c))[0], SETTINGS.max_norm) for c in clients]
     names = [c.update_id for c in clients]
-    weights = weigh(names, [covered(c) for c in clients], [c.staleness for c in clients], clips, SETTINGS)
+    weights = weigh(names, [covered(c) for c in clients], [c.staleness for c in clients], clips, SETTINGS).weights
     with FactorSpool() as spool:
         updates = []
         for client, row in zip(clients, weights, strict=True):
@@ -94,7 +94,13 @@ def fold_digests(blobs: dict[str, str], clients: Sequence[Client], eta: float, s
                 return spool.read(update_id, param, expert)
 
             updates.append(
-                WeightedUpdate(update_id=client.update_id, scale=client.delta.spec.scale, weights=row, factors=read)
+                WeightedUpdate(
+                    update_id=client.update_id,
+                    client_id=client.update_id,
+                    scale=client.delta.spec.scale,
+                    weights=row,
+                    factors=read,
+                )
             )
         return fold_experts(blobs, updates, eta=eta, store=store)
 
@@ -249,7 +255,9 @@ def test_stacking_order_is_that_of_the_ids(tmp_path):
 
     def one(update_id: str, value: float) -> WeightedUpdate:
         a, b = np.full((1, 9), abs(value), np.float32), np.full((7, 1), value, np.float32)
-        return WeightedUpdate(update_id=update_id, scale=1.0, weights={(0, 0): 1.0}, factors=lambda *_: (a, b))
+        return WeightedUpdate(
+            update_id=update_id, client_id=update_id, scale=1.0, weights={(0, 0): 1.0}, factors=lambda *_: (a, b)
+        )
 
     updates = [one("a", 1e10), one("b", -1e10), one("c", 1.0)]
     digests = {
@@ -263,13 +271,13 @@ def test_fold_runs_on_one_thread_and_puts_the_setting_back(tmp_path, monkeypatch
     """BLAS may round differently on more threads, so every product is made on one, whatever torch is set to."""
     store = BlobStore(tmp_path)
     weights, clients = random_buffer(3)
-    seen, addmm = set(), torch.addmm
+    seen, addmm = set(), torch.Tensor.addmm_
 
     def spy(*operands):
         seen.add(torch.get_num_threads())
         return addmm(*operands)
 
-    monkeypatch.setattr(torch, "addmm", spy)
+    monkeypatch.setattr(torch.Tensor, "addmm_", spy)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

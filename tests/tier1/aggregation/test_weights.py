@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tier1.aggregation.weights import clip_factor, clip_factors, counted_tokens, mass, prior, weigh, weighted_mean
+from tier1.aggregation.rules import weighted_mean
+from tier1.aggregation.weights import clip_factor, clip_factors, counted_tokens, mass, prior, weigh
 from tier1.versions.manifest import AggregationSettings
 
 SETTINGS = AggregationSettings(max_norm=1.0, token_cap=1000, min_mass_tokens=64)
@@ -17,7 +18,8 @@ def omegas(
     tokens: list[int], stalenesses: list[int], settings: AggregationSettings = SETTINGS, clients: str = "abcdefghijkl"
 ) -> list[float]:
     """Weigh updates that adapt the one expert E, unclipped; each is of another client unless `clients` says."""
-    rows = weigh(clients[: len(tokens)], [{E: count} for count in tokens], stalenesses, [1.0] * len(tokens), settings)
+    columns = [{E: count} for count in tokens], stalenesses, [1.0] * len(tokens)
+    rows = weigh(clients[: len(tokens)], *columns, settings).weights
     return [row.get(E, 0.0) for row in rows]
 
 
@@ -51,20 +53,20 @@ def test_tokens_are_capped():
 def test_zero_token_expert_is_withheld():
     """Zero tokens mean that the device withheld the expert: no weight, and it does not count as coverage."""
     settings = SETTINGS.model_copy(update={"min_coverage": 2})
-    assert weigh("a", [{E: 0}], [0], [1.0], SETTINGS) == [{}]
+    assert weigh("a", [{E: 0}], [0], [1.0], SETTINGS).weights == [{}]
     assert omegas([0, 128], [0, 0], settings) == [0.0, 0.5]  # n_e = 1 of k_min = 2
 
 
 def test_experts_are_weighed_apart():
     """Each expert is shared among the clients that cover it, whatever they do elsewhere."""
     a, b = (0, 0), (1, 0)
-    rows = weigh("ab", [{a: 100, b: 100}, {b: 300}], [0, 0], [1.0, 1.0], SETTINGS)
+    rows = weigh("ab", [{a: 100, b: 100}, {b: 300}], [0, 0], [1.0, 1.0], SETTINGS).weights
     assert rows == [{a: 1.0, b: 0.25}, {b: 0.75}]
 
 
 def test_clip_scales_the_weight_of_every_expert():
     """k_d multiplies ω of all experts of the client."""
-    rows = weigh("a", [{(0, 0): 100, (1, 1): 100}], [0], [0.5], SETTINGS)
+    rows = weigh("a", [{(0, 0): 100, (1, 1): 100}], [0], [0.5], SETTINGS).weights
     assert rows == [{(0, 0): 0.5, (1, 1): 0.5}]
 
 
@@ -89,7 +91,7 @@ def test_order_of_updates_does_not_show_in_a_single_bit(rows, data):
         chosen = [rows[i] for i in indices]
         clients = [str(i % 4) for i in indices]  # some send several
         taus, clips = [tau for _, tau, _ in chosen], [k for *_, k in chosen]
-        result = weigh(clients, [{E: n} for n, _, _ in chosen], taus, clips, SETTINGS)
+        result = weigh(clients, [{E: n} for n, _, _ in chosen], taus, clips, SETTINGS).weights
         return {i: row[E] for i, row in zip(indices, result, strict=True)}
 
     assert run(order) == run(range(len(rows)))
@@ -119,7 +121,7 @@ def test_one_update_per_client_is_the_plain_formula_to_the_bit(rows):
     tokens, stalenesses = [min(n, 1000) for n, *_ in rows], [tau for _, tau, _ in rows]
     priors = [n * (1.0 + tau) ** -0.5 for n, tau in zip(tokens, stalenesses, strict=True)]
     step = math.fsum(priors) / max(sum(tokens), 64)
-    expected = [share * step for share in weighted_mean(priors)]
+    expected = [share * step for share in weighted_mean(None, priors).tolist()]
     assert omegas([n for n, *_ in rows], stalenesses) == expected
 
 
@@ -149,10 +151,10 @@ def test_clip_factors_by_hand():
 
 def test_rule_normalises():
     """The weighted mean returns shares that sum to one, in proportion to the priors."""
-    assert weighted_mean([1.0, 3.0]) == [0.25, 0.75]
+    assert weighted_mean(None, [1.0, 3.0]).tolist() == [0.25, 0.75]
 
 
 def test_prior_and_mass_follow_the_formula():
     """Golden numbers by hand: 100·4^(-1/2) = 50; (50 + 20) / max(100 + 20, 64) = 7/12."""
-    assert prior(100, 3, exponent=0.5) == 50.0
+    assert prior(100, 3, SETTINGS) == 50.0
     assert math.isclose(mass("ab", [100, 20], [50.0, 20.0], SETTINGS), 70 / 120)

@@ -1,0 +1,1 @@
+"""A package with one aggregation rule, registered by entry point."""
