@@ -7,12 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from benchmarks.measure import INTERVAL_S, tree_bytes
-from benchmarks.registry import Reading, figure
+from benchmarks.registry import figure
 from benchmarks.results import ROOT
 
 SEEDS = (0, 1, 2)
@@ -30,7 +31,17 @@ class DemoRun:
 
 @cache
 def demo(seed: int) -> DemoRun:
-    """Run the demo once per seed and process."""
+    """Return the run of one seed: seed 0 alone, because it is timed, the others side by side."""
+    return _run(seed) if seed == SEEDS[0] else _others()[seed]
+
+
+@cache
+def _others() -> dict[int, DemoRun]:
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(SEEDS[1:], pool.map(_run, SEEDS[1:]), strict=True))
+
+
+def _run(seed: int) -> DemoRun:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "demo"
         began, peak = time.monotonic(), 0
@@ -62,15 +73,15 @@ def _device_means(report: dict) -> list[float]:
 
 
 @figure("demo.wall", unit="s", bound="<= 480", cls="full")
-def demo_wall() -> Reading:
-    """Wall time of `make demo` after set-up, two cores, three seeds."""
-    return Reading.of([demo(seed).wall_s for seed in SEEDS])
+def demo_wall() -> float:
+    """Wall time of `make demo` after set-up, two cores, seed 0 alone."""
+    return demo(SEEDS[0]).wall_s
 
 
 @figure("demo.memory", unit="GiB", bound="<= 6", cls="full")
-def demo_memory() -> Reading:
-    """Peak memory of the demo with all its processes, three seeds."""
-    return Reading.of([demo(seed).peak_gib for seed in SEEDS])
+def demo_memory() -> float:
+    """Peak memory of the demo with all its processes, largest of three seeds."""
+    return max(demo(seed).peak_gib for seed in SEEDS)
 
 
 @figure("learning.gap_closed", unit="%", bound=">= 60", cls="full")
