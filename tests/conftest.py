@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from services.embedded import bootstrap_servers
+
+# A busy machine must not fail a property for being slow: tests are bounded by the suite, not by the example.
+hypothesis.settings.register_profile(
+    "fednested", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("fednested")
 
 
 @pytest.fixture(scope="session")

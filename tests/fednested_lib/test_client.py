@@ -455,7 +455,7 @@ def test_sigterm_ends_cleanly(world):
     process.terminate()
     process.join(10)
     assert process.exitcode == 0
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # of a pace of a minute; a busy machine may take seconds
     assert (config.home / "report.txt").read_text().startswith("stopped")
     assert run(world.config(), log=world.log).updates == 1
     assert [envelope.sequence for envelope in world.envelopes()] == [0]

@@ -21,16 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported where it computes: configurations name rules where there is no torch
 
 # A pair this near (relative to its squared norms) is taken again from its difference.
 NEAR = 1e-6
 _MAX_DEPTH = 4
 
 Term = tuple[float, np.ndarray, np.ndarray]  # (s, A [r, d_in], B [d_out, r])
-_Factors = tuple[torch.Tensor, torch.Tensor]  # (P [d_out, q], Q [q, d_in]), fp64, product P·Q
+_Factors = tuple["Tensor", "Tensor"]  # (P [d_out, q], Q [q, d_in]), fp64, product P·Q
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,8 @@ def distance2_to(gram: Gram, weights: np.ndarray) -> np.ndarray:
 
 def _products(factors: Sequence[_Factors], depth: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (G, D²) of products P_i·Q_i."""
+    import torch
+
     stacked_p = torch.cat([p for p, _ in factors], dim=1)
     stacked_q = torch.cat([q for _, q in factors], dim=0)
     cells = ((stacked_p.T @ stacked_p) * (stacked_q @ stacked_q.T)).numpy()
@@ -159,8 +164,10 @@ def _centred(factors: Sequence[_Factors], members: Sequence[int], depth: int) ->
     return result
 
 
-def _difference(p: torch.Tensor, q: torch.Tensor, other_p: torch.Tensor, other_q: torch.Tensor) -> _Factors:
+def _difference(p: Tensor, q: Tensor, other_p: Tensor, other_q: Tensor) -> _Factors:
     """Return P·Q − P'·Q' as factors whose small core holds the cancellation: [P, −P']·[Q; Q'] = U·(R_u·R_vᵀ)·Vᵀ."""
+    import torch
+
     u, r_u = torch.linalg.qr(torch.cat([p, -other_p], dim=1))
     v, r_v = torch.linalg.qr(torch.cat([q, other_q], dim=0).T.contiguous())
     return u @ (r_u @ r_v.T), v.T.contiguous()
@@ -184,10 +191,12 @@ def _components(near: np.ndarray) -> list[list[int]]:
     return groups
 
 
-def _root(factors: Sequence[_Factors], root: torch.Tensor) -> Root:
+def _root(factors: Sequence[_Factors], root: Tensor) -> Root:
     inner = [float(((p.T @ root) * q).sum()) for p, q in factors]
     return Root(inner=np.array(inner), norm2=float(root.square().sum()))
 
 
-def _fp64(array: np.ndarray) -> torch.Tensor:
+def _fp64(array: np.ndarray) -> Tensor:
+    import torch
+
     return torch.tensor(array, dtype=torch.float64)  # a copy: torch's own allocation is aligned
