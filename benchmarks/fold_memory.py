@@ -23,7 +23,7 @@ from tier1.aggregation.fold import WeightedUpdate, fold_experts, magnitude
 from tier1.aggregation.spool import FactorSpool
 from tier1.aggregation.streaming import spooled_grams
 from tier1.aggregation.weights import clip_factor, weigh
-from tier1.versions.manifest import AggregationSettings
+from tier1.versions.settings import AggregationSettings
 
 LAYERS, EXPERTS, D_MODEL, D_FF, RANK = 4, 8, 1024, 1024, 8
 SHAPES = {
@@ -73,8 +73,8 @@ def fold(blobs: dict[str, str], digests: list[str], store: BlobStore, scratch: P
                 factors=lambda p, e: spool.read(digest, p, e),
             )
 
-        grams = spooled_grams([update(digest, {}) for digest in digests], list(SHAPES))
         clips = [clip_factor(norm, settings.max_norm) for norm in norms]
+        grams = spooled_grams([update(digest, {}) for digest in digests], clips, list(SHAPES))
         rows = weigh(digests, [tokens] * len(digests), [0] * len(digests), clips, settings, grams=grams).weights
         fold_experts(blobs, [update(d, row) for d, row in zip(digests, rows, strict=True)], eta=1.0, store=store)
 

@@ -24,7 +24,7 @@ from benchmarks.results import ROOT
 from tier1.aggregation.fold import fold_matrix, one_thread
 from tier1.aggregation.gram import Gram, matrix_gram
 from tier1.aggregation.registry import choose
-from tier1.versions.manifest import AggregationSettings
+from tier1.versions.settings import AggregationSettings
 
 REPEATS = 5
 D, R, N = 4096, 16, 10  # one expert matrix, rank, updates: the shape of issue 3, item 5

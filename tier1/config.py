@@ -11,7 +11,7 @@ from pydantic import Field
 from fednested_lib.config import MAX_SEED, LogConfig, PublicKey, Section, load_yaml, resolve_uri
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
-from tier1.versions.manifest import AggregationSettings, Rates
+from tier1.versions.settings import AggregationSettings, Rates
 
 COMMAND = "fednested init-config tier1"
 

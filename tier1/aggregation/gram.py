@@ -71,11 +71,18 @@ class Gram:
     def scaled(self, factors: np.ndarray) -> Gram:
         """Return the Gram matrix of k_i·ΔW_i; `factors` k fp64 [n].
 
-        D² of scaled updates is (k_i − k_j)(k_i·G_ii − k_j·G_jj) + k_i·k_j·D²_ij, which cancels nothing that D² has not.
+        D² of near-equal updates is (k_i − k_j)(k_i·G_ii − k_j·G_jj) + k_i·k_j·D²_ij, which cancels nothing that D² has
+        not; of others k_i²·G_ii + k_j²·G_jj − 2·k_i·k_j·G_ij, which is safe whatever their norms. Updates that only the
+        scaling makes near-equal lose digits, so scale s before `matrix_gram` where that can happen.
         """
         k, squares = np.asarray(factors, dtype=np.float64), np.diag(self.inner)
         kk, ks = np.outer(k, k), k * squares
-        distance2 = (k[:, None] - k[None, :]) * (ks[:, None] - ks[None, :]) + kk * self.distance2
+        own2 = k * ks
+        norms2 = own2[:, None] + own2[None, :]
+        apart = np.maximum(norms2 - 2 * kk * self.inner, 0.0)
+        near = (k[:, None] - k[None, :]) * (ks[:, None] - ks[None, :]) + kk * self.distance2
+        distance2 = np.where(self.distance2 < NEAR * (squares[:, None] + squares[None, :]), near, apart)
+        np.fill_diagonal(distance2, 0.0)
         root = None if self.root is None else Root(inner=k * self.root.inner, norm2=self.root.norm2)
         return Gram(inner=kk * self.inner, distance2=np.maximum(distance2, 0.0), root=root)
 

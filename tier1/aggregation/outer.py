@@ -29,7 +29,7 @@ from fednested_lib.snapshot import SLICE_TENSOR, decode_blob, encode_blob, exper
 from tier1.aggregation.coordinate import Statistic, block_statistic
 from tier1.aggregation.fold import ROWS, Term, WeightedUpdate, one_thread, stack, terms_of
 from tier1.aggregation.weights import Expert
-from tier1.versions.manifest import OuterSettings
+from tier1.versions.settings import OuterSettings
 
 State = dict[str, np.ndarray]  # moments fp32 [d_out, d_in], and `steps` int64 [1]
 Aggregate = Callable[[slice], torch.Tensor]  # rows -> Δ fp64 [rows, d_in]

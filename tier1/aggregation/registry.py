@@ -21,7 +21,7 @@ from tier1.aggregation.gram import Gram
 from tier1.aggregation.rules import RULES, Bound, Rule, weighted_mean
 
 if TYPE_CHECKING:
-    from tier1.versions.manifest import AggregationSettings
+    from tier1.versions.settings import AggregationSettings
 
 ENTRY_POINTS = "fednested.rules"
 

@@ -20,7 +20,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tier1.versions.manifest import Accepted, ReputationSettings
+    from tier1.versions.manifest import Accepted
+    from tier1.versions.settings import ReputationSettings
     from tier1.versions.state import VersionView
 
 # Reasons that prove nothing about the client that a record names.

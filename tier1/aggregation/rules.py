@@ -144,6 +144,9 @@ def fltrust(gram: Gram, prior: np.ndarray) -> np.ndarray:
 def foolsgold(gram: Gram, prior: np.ndarray) -> np.ndarray:
     """Weigh down updates that are more alike than honest ones are (Fung et al. 2020, alg. 1).
 
+    It takes likeness for guilt: against many identities of one attacker among devices whose data differ, not against a
+    lone attacker, who is unlike everybody.
+
     In terms of u = 1 − v and 1 − cos, which keep their digits where updates are near-equal. If all are alike, nobody is
     singled out: the weighted mean.
     """

@@ -18,11 +18,15 @@ from tier1.aggregation.weights import Expert, Grams
 DenseRoot = Callable[[str, int], "np.ndarray | None"]  # (parameter, expert) -> [d_out, d_in]; None: zero there
 
 
-def spooled_grams(updates: Sequence[WeightedUpdate], params: Sequence[str], root: DenseRoot | None = None) -> Grams:
+def spooled_grams(
+    updates: Sequence[WeightedUpdate], clips: Sequence[float], params: Sequence[str], root: DenseRoot | None = None
+) -> Grams:
     """Return the Gram engine of a buffer.
 
     Args:
         updates: in canonical order; their weights are not read.
+        clips: per update, k_d; part of the scale before products are made, so that an update of huge norm costs the
+            others no digits.
         params: names of the model's fused expert parameters; an expert's Gram is the sum over those of its layer.
         root: trusted dense direction.
     """
@@ -37,7 +41,7 @@ def spooled_grams(updates: Sequence[WeightedUpdate], params: Sequence[str], root
         with one_thread():
             parts = [
                 matrix_gram(
-                    [(updates[i].scale, *updates[i].factors(*place)) for i in indices],
+                    [(clips[i] * updates[i].scale, *updates[i].factors(*place)) for i in indices],
                     _direction(updates[indices[0]], place, directions[place]) if rooted else None,
                 )
                 for place in places

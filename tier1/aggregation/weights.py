@@ -35,7 +35,7 @@ import numpy as np
 from tier1.aggregation.gram import Gram, distance2_to, own_root
 from tier1.aggregation.registry import Chosen, choose
 from tier1.aggregation.rules import weighted_mean
-from tier1.versions.manifest import AggregationSettings
+from tier1.versions.settings import AggregationSettings
 
 Expert = tuple[int, int]  # (layer, expert id)
 Grams = Callable[[Sequence[Expert], Sequence[int]], Gram]  # (experts, indices of updates) -> their Gram, of k·ΔW
@@ -159,7 +159,7 @@ def weigh(
         gram = None
         if needs_gram(settings, chosen):
             assert grams is not None, "this pipeline compares updates"
-            gram = grams(experts, covering).scaled(np.array([clips[i] for i in covering]))
+            gram = grams(experts, covering)
         shared = np.array([math.fsum(priors[expert][row] for expert in experts) for row in range(len(covering))])
         ledger.enter(covering, owners, [clips[i] for i in covering], shared, masses, gram, chosen, settings)
     return ledger.close(settings)

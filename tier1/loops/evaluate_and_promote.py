@@ -27,7 +27,8 @@ from tier1.loops.genesis import now_text
 from tier1.loops.records import CandidateRef, Outcome, Settled
 from tier1.loops.views import sync_views
 from tier1.versions.candidates import load_candidate, newest_first, save_candidate
-from tier1.versions.manifest import Candidate, Decision, GateRecord, Rates, SuiteChange, Version
+from tier1.versions.manifest import Candidate, Decision, GateRecord, SuiteChange, Version
+from tier1.versions.settings import Rates
 from tier1.versions.state import ChainState, Sealed, VersionView, continues
 
 log = structlog.get_logger()

@@ -43,7 +43,8 @@ from fednested_lib.snapshot import expert_shapes
 from tier1.aggregation.fold import magnitude
 from tier1.versions.archive import Shapes, Update, decode_payload
 from tier1.versions.dense_update import parse_dense, verify_dense
-from tier1.versions.manifest import AggregationSettings, DenseInput, Refused
+from tier1.versions.manifest import DenseInput, Refused
+from tier1.versions.settings import AggregationSettings
 from tier1.versions.state import ChainState
 
 log = structlog.get_logger()

@@ -31,13 +31,8 @@ from tier1.aggregation.streaming import dense_root, spooled_grams
 from tier1.aggregation.weights import TIER1_ROOT, Expert, Weighing, clip_factors, weigh
 from tier1.versions.admission import NOTHING_ADMITTED, Admission, readmit
 from tier1.versions.archive import Update, envelope_digest, read_delta, restore
-from tier1.versions.manifest import (
-    Accepted,
-    AggregationSettings,
-    Candidate,
-    Inputs,
-    Rates,
-)
+from tier1.versions.manifest import Accepted, Candidate, Inputs
+from tier1.versions.settings import AggregationSettings, Rates
 from tier1.versions.state import ChainState, VersionView
 
 
@@ -177,7 +172,7 @@ def _fold_updates(
             clips,
             settings,
             trusts=None if trust is None else [trust[client] for client in clients],
-            grams=spooled_grams(terms, list(shapes), root),
+            grams=spooled_grams(terms, clips, list(shapes), root),
         )
         terms = [_weighted(update, row, spool) for update, row in zip(ordered, weighing.weights, strict=True)]
         folded, outer = _fold(parent, terms, eta, settings, weighing, blobs)

@@ -19,7 +19,8 @@ import structlog
 
 from fednested_lib.errors import ChainConflict, ChainError
 from tier1.versions.chain import Chain
-from tier1.versions.manifest import Candidate, GateRecord, Rates, Rejection, Try, Version
+from tier1.versions.manifest import Candidate, GateRecord, Rejection, Try, Version
+from tier1.versions.settings import Rates
 from tier1.versions.state import ChainState, Sealed, continues, offsets_after
 
 log = structlog.get_logger()

@@ -18,47 +18,17 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from fednested_lib.envelope import ClientId, Digest
 from fednested_lib.signing import HEX64, canonical_json, sha256_hex
+from tier1.versions.document import Document, GrownDocument
+from tier1.versions.settings import AggregationSettings, Rates
 
 Name = Annotated[str, Field(max_length=200)]
 Offsets = dict[str, Annotated[int, Field(ge=0)]]  # partition (as text) -> next offset to consume
 PublicKey = Annotated[str, Field(pattern=HEX64)]
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-
-
-class Document(BaseModel):
-    """Base: unknown fields are refused, instances are immutable, floats are finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def to_bytes(self) -> bytes:
-        """Return the canonical bytes."""
-        return canonical_json(self.model_dump(mode="json"))
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the canonical bytes."""
-        return sha256_hex(self.to_bytes())
-
-
-class GrownDocument(Document):
-    """A document that got fields after chains were written with it.
-
-    A field of `later` is written only when it is not at its default, and its default never changes: it is what the code
-    before it did. So an entry that was signed without it keeps its bytes, and a manifest still says every setting.
-    """
-
-    later: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler):
-        fields = type(self).model_fields
-        absent = {
-            name for name in self.later if getattr(self, name) == fields[name].get_default(call_default_factory=True)
-        }
-        return {name: value for name, value in handler(self).items() if name not in absent}
 
 
 class Cut(Document):
@@ -167,69 +137,6 @@ class Inputs(Document):
         """Name the inputs, so that a second run of the same inputs is recognised."""
         dense = None if self.dense is None else self.dense.update_id
         return sha256_hex(canonical_json({"cut": self.cut and self.cut.model_dump(mode="json"), "dense": dense}))
-
-
-class Rates(Document):
-    """Step sizes of the fold."""
-
-    eta_core: float = Field(default=1.0, ge=0, le=1000)
-    eta_t1: float = Field(default=1.0, ge=0, le=1000)
-    eta_t2: float = Field(default=1.0, ge=0, le=1000)
-
-    def halved(self) -> Rates:
-        """Return the rates of the next try after a failed automatic gate."""
-        return Rates(eta_core=self.eta_core / 2, eta_t1=self.eta_t1 / 2, eta_t2=self.eta_t2 / 2)
-
-
-class ReputationSettings(Document):
-    """Trust from the history of a client in the versions that lead to the parent (`aggregation.reputation`)."""
-
-    window: int = Field(default=32, ge=1, le=10_000)  # versions back
-    pseudo_count: float = Field(default=2.0, gt=0, le=1e6)  # updates that a newcomer is credited with
-    newcomer: float = Field(default=1.0, ge=0, le=1)  # score of those
-    floor: float = Field(default=0.05, gt=0, le=1)  # least trust: a client can come back
-
-
-class OuterSettings(Document):
-    """Outer optimiser on −ΔW_agg, per expert matrix (`aggregation.outer`)."""
-
-    kind: Literal["momentum", "nesterov", "adam"] = "nesterov"
-    beta: float = Field(default=0.9, ge=0, lt=1)  # of momentum and Nesterov; β₁ of Adam
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    epsilon: float = Field(default=1e-8, gt=0, le=1)
-
-
-class AggregationSettings(GrownDocument):
-    """The pipeline clip → prior → rule → mass → fold (DESIGN §4); part of F's configuration, hence of the manifest."""
-
-    later: ClassVar[frozenset[str]] = frozenset(
-        {"max_expert_norm", "max_step_norm", "staleness", "hinge_delay", "hinge_slope", "reputation"}
-        | {"rule_options", "root", "scope", "measure", "outer"}
-    )
-
-    # clip
-    max_norm: float = Field(default=50.0, gt=0, le=1e12)  # C of the clip; honest updates of the demo measure 17 to 26
-    max_expert_norm: float | None = Field(default=None, gt=0, le=1e12)  # the same per expert
-    max_step_norm: float | None = Field(default=None, gt=0, le=1e12)  # bound of ‖ΔW_agg‖ over all experts
-    # prior
-    token_cap: int = Field(default=1 << 20, ge=1, le=1 << 53)
-    staleness: Literal["polynomial", "hinge", "constant"] = "polynomial"
-    staleness_exponent: float = Field(default=0.5, ge=0, le=16)
-    hinge_delay: int = Field(default=4, ge=0, le=1_000_000)
-    hinge_slope: float = Field(default=1.0, ge=0, le=1e6)
-    max_staleness: int = Field(default=16, ge=0, le=1_000_000)
-    reputation: ReputationSettings | None = None
-    # rule
-    rule: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")] = "weighted_mean"
-    rule_options: dict[str, bool | int | float | None] = {}
-    root: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] | None = None  # `tier1` or a client id
-    scope: Literal["expert", "shared"] = "expert"  # shared: experts covered by the same updates are judged together
-    measure: bool = False  # record cosine and distance to the aggregate; implied by reputation and by robust rules
-    # mass
-    min_mass_tokens: int = Field(default=256, ge=1, le=1 << 53)  # m_min
-    min_coverage: int = Field(default=1, ge=1, le=1_000_000)  # k_min
-    # fold
-    outer: OuterSettings | None = None
 
 
 class NumericProfile(Document):

@@ -14,7 +14,7 @@ import torch
 
 from fednested_lib.signing import canonical_json, sha256_hex
 from tests.tier1.aggregation.schedules import Planned, Run, Schedule, random_delta, random_schedule
-from tier1.versions.manifest import AggregationSettings, OuterSettings
+from tier1.versions.settings import AggregationSettings, OuterSettings
 
 
 def digests(n_orders: int, threads: int, seed: int) -> list[str]:

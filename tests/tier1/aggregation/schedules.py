@@ -22,7 +22,8 @@ from tests.oracle import Pipeline, Sent
 from tier1.config import DeviceRecord
 from tier1.versions.admission import admit
 from tier1.versions.build import fold_candidate
-from tier1.versions.manifest import AggregationSettings, Candidate, Cut, Entry, Genesis, Inputs, Rates, Version
+from tier1.versions.manifest import Candidate, Cut, Entry, Genesis, Inputs, Version
+from tier1.versions.settings import AggregationSettings, Rates
 from tier1.versions.state import ChainState, Sealed, derive
 
 MODEL = {

@@ -17,7 +17,7 @@ from fednested_lib.snapshot import SLICE_TENSOR, decode_blob, encode_blob, slice
 from tier1.aggregation.fold import WeightedUpdate, fold_experts, magnitude, one_thread
 from tier1.aggregation.spool import FactorSpool
 from tier1.aggregation.weights import clip_factor, weigh
-from tier1.versions.manifest import AggregationSettings
+from tier1.versions.settings import AggregationSettings
 
 N_EXPERTS = 5
 SHAPES = {

@@ -6,7 +6,7 @@ import pytest
 from fednested_lib.snapshot import SLICE_TENSOR, decode_blob
 from tests.tier1.versions.scene import SETTINGS, Scene, random_delta
 from tier1.versions.build import refold
-from tier1.versions.manifest import OuterSettings, Rates
+from tier1.versions.settings import OuterSettings, Rates
 
 KINDS = ("momentum", "nesterov", "adam")
 KEY = "model.layers.1.mlp.experts.down_proj/2"

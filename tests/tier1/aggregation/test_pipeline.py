@@ -17,8 +17,8 @@ from tier1.aggregation.gram import Gram
 from tier1.aggregation.registry import choose, origin
 from tier1.aggregation.weights import discount, weigh
 from tier1.config import load_tier1
-from tier1.versions.manifest import AggregationSettings, ReputationSettings
 from tier1.versions.replay import replay
+from tier1.versions.settings import AggregationSettings, ReputationSettings
 
 A, B = (0, 0), (0, 1)
 FIRST_RELEASE = (

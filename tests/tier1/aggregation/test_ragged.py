@@ -12,7 +12,7 @@ from tests.tier1.aggregation.schedules import MemoryBlobs
 from tier1.aggregation.fold import WeightedUpdate, fold_experts
 from tier1.aggregation.outer import fold_stepped
 from tier1.aggregation.weights import weigh
-from tier1.versions.manifest import AggregationSettings, OuterSettings
+from tier1.versions.settings import AggregationSettings, OuterSettings
 
 pytestmark = pytest.mark.usefixtures("many_folds")
 N_BUFFERS = 10_000

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from tests import oracle
+from tests.tier1.versions.scene import Scene, random_delta
 from tier1.aggregation.fold import one_thread
 from tier1.aggregation.gram import Gram, matrix_gram, own_root
 from tier1.aggregation.registry import choose
 from tier1.aggregation.rules import RULES
 from tier1.aggregation.weights import weigh
-from tier1.versions.manifest import AggregationSettings
+from tier1.versions.settings import AggregationSettings
 
 GRAM_RULES = [name for name, rule in RULES.items() if not rule.dense]
 E = (0, 0)
@@ -226,3 +227,52 @@ def device_weights(rule: str, clients: list[str], x: np.ndarray, tokens: list[in
         clients, rows, [0] * len(x), [1.0] * len(x), settings_of(rule, max_norm=1e9), grams=lambda _e, _i: gram
     )
     return [row[E] for row in weighing.weights]
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi_krum", "geometric_median", "centred_clipping"])
+@pytest.mark.parametrize("factor", [1e2, 1e12, 1e60])
+def test_update_of_huge_norm_blurs_no_distance(scene_with, rule, factor):
+    """A finite update 10⁶⁰ times too large is one clipped update among others; with Krum it has no weight at all."""
+    scene = scene_with(rule)
+    common = random_delta(7, size=1.0)
+    for i, client in enumerate(CLIENTS):
+        delta = shifted(common, -1.0 if client == "ida" else 1.0, seed=i)
+        if client == "ida":
+            spec = type(delta.spec)(rank=delta.spec.rank, alpha=delta.spec.alpha * factor)
+            delta = type(delta)(spec=spec, factors=delta.factors)
+        scene.send(client, 0, delta)
+    rows = {row.client_id: row for row in scene.fold(scene.cut()).accepted}
+    assert len(rows) == len(CLIENTS)
+    assert rows["ida"].cosine < 0
+    assert all(row.cosine > 0.9 for client, row in rows.items() if client != "ida")
+    for client in CLIENTS[:-1]:
+        assert rows[client].distance < 0.5 * rows["ida"].distance
+    if "krum" in rule:
+        assert rows["ida"].weight == 0.0
+
+
+CLIENTS = ("ada", "bob", "cat", "dan", "eli", "fay", "ida")
+
+
+@pytest.fixture
+def scene_with(tmp_path):
+    def make(rule: str) -> Scene:
+        scene = Scene(tmp_path, clients=CLIENTS, settings=settings_of(rule, max_norm=5.0))
+        scene.genesis()
+        return scene
+
+    return make
+
+
+def shifted(delta, sign: float, seed: int):
+    """Return ±delta with a little of its own."""
+    rng = np.random.default_rng(seed)
+    factors = {
+        name: type(f)(
+            expert_ids=f.expert_ids,
+            lora_a=f.lora_a,
+            lora_b=(sign * f.lora_b + 0.1 * rng.normal(size=f.lora_b.shape)).astype(np.float32),
+        )
+        for name, f in delta.factors.items()
+    }
+    return type(delta)(spec=delta.spec, factors=factors)

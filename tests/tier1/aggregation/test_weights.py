@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tier1.aggregation.rules import weighted_mean
 from tier1.aggregation.weights import clip_factor, clip_factors, counted_tokens, mass, prior, weigh
-from tier1.versions.manifest import AggregationSettings
+from tier1.versions.settings import AggregationSettings
 
 SETTINGS = AggregationSettings(max_norm=1.0, token_cap=1000, min_mass_tokens=64)
 E = (0, 3)  # one (layer, expert)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tier1.loops.reports import gate_html
-from tier1.versions.manifest import GateRecord, Rates, SuiteChange, Try
+from tier1.versions.manifest import GateRecord, SuiteChange, Try
+from tier1.versions.settings import Rates
 
 
 def test_the_deck_escapes_names_and_has_no_script():

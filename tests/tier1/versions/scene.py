@@ -28,18 +28,8 @@ from tier1.versions.chain import Chain
 from tier1.versions.commit import Settlement, settle
 from tier1.versions.cut import read_cut, take_cut
 from tier1.versions.dense_update import make_dense
-from tier1.versions.manifest import (
-    AggregationSettings,
-    Candidate,
-    Cut,
-    Decision,
-    DenseInput,
-    GateRecord,
-    Genesis,
-    Inputs,
-    Rates,
-    SuiteChange,
-)
+from tier1.versions.manifest import Candidate, Cut, Decision, DenseInput, GateRecord, Genesis, Inputs, SuiteChange
+from tier1.versions.settings import AggregationSettings, Rates
 from tier1.versions.state import Sealed, VersionView
 
 LOCAL, TIER1 = "updates.experts.local", "updates.tier1"

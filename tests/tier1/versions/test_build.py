@@ -10,7 +10,8 @@ from fednested_lib.snapshot import SLICE_TENSOR, decode_blob, expert_of
 from tests.tier1.versions.scene import SHAPES, Scene, random_delta
 from tier1.versions import build
 from tier1.versions.build import fold_candidate, refold
-from tier1.versions.manifest import Inputs, Rates
+from tier1.versions.manifest import Inputs
+from tier1.versions.settings import Rates
 
 
 def matrix(scene: Scene, blobs: dict[str, str], key: str) -> np.ndarray:

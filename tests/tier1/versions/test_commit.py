@@ -9,7 +9,7 @@ from fednested_lib.errors import ChainConflict, ChainCorrupt, ChainError, Storag
 from tests.tier1.versions.scene import Scene, gate_record, passing_gate, random_delta
 from tier1.versions.build import refold
 from tier1.versions.candidates import load_candidate, save_candidate
-from tier1.versions.manifest import Rates
+from tier1.versions.settings import Rates
 
 
 def failing(n: int):

@@ -16,8 +16,9 @@ from tests.tier1.versions.scene import COMMITTER, LOCAL, Scene, device_key, gate
 from tier1.versions import build
 from tier1.versions import replay as replay_module
 from tier1.versions.build import refold
-from tier1.versions.manifest import NumericProfile, Rates
+from tier1.versions.manifest import NumericProfile
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
+from tier1.versions.settings import Rates
 
 
 @pytest.fixture(scope="module")

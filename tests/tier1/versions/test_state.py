@@ -7,7 +7,8 @@ import pytest
 from fednested_lib.errors import ChainCorrupt
 from tests.tier1.versions.scene import Scene, gate_record
 from tier1.versions.build import refold
-from tier1.versions.manifest import Entry, Rates
+from tier1.versions.manifest import Entry
+from tier1.versions.settings import Rates
 from tier1.versions.state import ChainState, Sealed, derive
 
 

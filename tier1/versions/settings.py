@@ -1,0 +1,77 @@
+"""Settings of F: step sizes and the aggregation pipeline; configuration, and part of every manifest.
+
+The pipeline is always clip → prior → rule → mass → fold (`tier1/aggregation/weights.py` has the formulas); the settings
+say what each stage does. Bounds are checked here, the rule's name and options by `tier1.aggregation.registry` when a
+configuration is loaded, so that a manifest can be read where a user's rule is not installed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from tier1.versions.document import Document, GrownDocument
+
+
+class Rates(Document):
+    """Step sizes of the fold."""
+
+    eta_core: float = Field(default=1.0, ge=0, le=1000)
+    eta_t1: float = Field(default=1.0, ge=0, le=1000)
+    eta_t2: float = Field(default=1.0, ge=0, le=1000)
+
+    def halved(self) -> Rates:
+        """Return the rates of the next try after a failed automatic gate."""
+        return Rates(eta_core=self.eta_core / 2, eta_t1=self.eta_t1 / 2, eta_t2=self.eta_t2 / 2)
+
+
+class ReputationSettings(Document):
+    """Trust from the history of a client in the versions that lead to the parent (`aggregation.reputation`)."""
+
+    window: int = Field(default=32, ge=1, le=10_000)  # versions back
+    pseudo_count: float = Field(default=2.0, gt=0, le=1e6)  # updates that a newcomer is credited with
+    newcomer: float = Field(default=1.0, ge=0, le=1)  # score of those
+    floor: float = Field(default=0.05, gt=0, le=1)  # least trust: a client can come back
+
+
+class OuterSettings(Document):
+    """Outer optimiser on −ΔW_agg, per expert matrix (`aggregation.outer`)."""
+
+    kind: Literal["momentum", "nesterov", "adam"] = "nesterov"
+    beta: float = Field(default=0.9, ge=0, lt=1)  # of momentum and Nesterov; β₁ of Adam
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0, le=1)
+
+
+class AggregationSettings(GrownDocument):
+    """The pipeline clip → prior → rule → mass → fold (DESIGN §4); part of F's configuration, hence of the manifest."""
+
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"max_expert_norm", "max_step_norm", "staleness", "hinge_delay", "hinge_slope", "reputation"}
+        | {"rule_options", "root", "scope", "measure", "outer"}
+    )
+
+    # clip
+    max_norm: float = Field(default=50.0, gt=0, le=1e12)  # C of the clip; honest updates of the demo measure 17 to 26
+    max_expert_norm: float | None = Field(default=None, gt=0, le=1e12)  # the same per expert
+    max_step_norm: float | None = Field(default=None, gt=0, le=1e12)  # bound of ‖ΔW_agg‖ over all experts
+    # prior
+    token_cap: int = Field(default=1 << 20, ge=1, le=1 << 53)
+    staleness: Literal["polynomial", "hinge", "constant"] = "polynomial"
+    staleness_exponent: float = Field(default=0.5, ge=0, le=16)
+    hinge_delay: int = Field(default=4, ge=0, le=1_000_000)
+    hinge_slope: float = Field(default=1.0, ge=0, le=1e6)
+    max_staleness: int = Field(default=16, ge=0, le=1_000_000)
+    reputation: ReputationSettings | None = None
+    # rule
+    rule: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")] = "weighted_mean"
+    rule_options: dict[str, bool | int | float | None] = {}
+    root: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] | None = None  # `tier1` or a client id
+    scope: Literal["expert", "shared"] = "expert"  # shared: experts covered by the same updates are judged together
+    measure: bool = False  # record cosine and distance to the aggregate; implied by reputation and by robust rules
+    # mass
+    min_mass_tokens: int = Field(default=256, ge=1, le=1 << 53)  # m_min
+    min_coverage: int = Field(default=1, ge=1, le=1_000_000)  # k_min
+    # fold
+    outer: OuterSettings | None = None
