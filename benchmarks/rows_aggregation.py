@@ -193,8 +193,7 @@ def gram_share() -> Reading:
 def over_dense() -> Reading:
     """Speed of Gram, geometric median and fold over the same with dense updates, both fp64 and one thread."""
     with one_thread():
-        for rule in GRAM_RULES:
-            np.testing.assert_allclose(low_rank(rule), dense(rule), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(low_rank("geometric_median"), dense("geometric_median"), rtol=1e-5, atol=1e-5)
         return ratios(lambda: dense("geometric_median"), lambda: low_rank("geometric_median"))
 
 
