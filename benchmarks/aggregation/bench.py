@@ -9,24 +9,57 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import structlog
 
 from benchmarks.aggregation import workload
+from benchmarks.aggregation.deployment import Deployment
+from benchmarks.aggregation.environment import PeerMissing
 from benchmarks.aggregation.ours import Federation
 from benchmarks.aggregation.worker import Worker
 from benchmarks.aggregation.workload import Shape
-from fednested_lib.delta import Delta, ExpertFactors
+from fednested_lib.delta import Delta
 from fednested_lib.log import KafkaLog
+from fednested_lib.snapshot import SLICE_TENSOR, read_slice
 from services.embedded import EmbeddedBroker
 from tier1.versions.settings import AggregationSettings
 
 Averages = dict[str, np.ndarray]  # "<parameter>|<factor>|<expert>" -> mean factor
 INT8_STEPS = 127
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide:
+    """What one run measured: per repeat, wall seconds of each phase; all sides in turn, after they were found equal.
+
+    Args:
+        seconds: side → phase → seconds per repeat.
+        sent_bytes: side → bytes of one update on the wire.
+        factor_error: of averaging A and B separately, relative.
+        int8_share: of the rounding bound that int8 uses with one client.
+        absent: side → why it was not measured.
+    """
+
+    seconds: dict[str, dict[str, list[float]]]
+    sent_bytes: dict[str, int]
+    factor_error: float
+    int8_share: float
+    absent: dict[str, str]
+
+    def totals(self, side: str) -> list[float]:
+        """Return the sum of the phases per repeat."""
+        return [sum(repeat) for repeat in zip(*self.seconds[side].values(), strict=True)]
+
+    def ratios(self, slower: str, faster: str) -> list[float]:
+        """Return slower / faster per repeat."""
+        return [a / b for a, b in zip(self.totals(slower), self.totals(faster), strict=True)]
 
 
 class NotEqual(RuntimeError):
@@ -54,6 +87,90 @@ def scene(
                 federation.close()
                 log.close()
                 structlog.configure(**before)
+
+
+def side_by_side(shape: Shape, n_clients: int, repeats: int = 5, *, deployed: bool = False) -> SideBySide:
+    """Check all sides, then time them in turn.
+
+    Args:
+        shape: of model and adapters.
+        n_clients: clients.
+        repeats: of every side.
+        deployed: also through flwr's own processes, which takes minutes a repeat at the large shape.
+
+    Raises:
+        PeerMissing: flwr's environment cannot be made; one line with the remedy.
+        NotEqual: a side computes something else.
+    """
+    with ExitStack() as stack:
+        federation, deltas, paths = stack.enter_context(scene(shape, n_clients))
+        scratch = paths[0].parent
+        flwr = stack.enter_context(Worker("flwr", paths))
+        check_ours(federation, deltas)
+        factors, share = _check_flwr(flwr, federation, deltas, paths)
+        sides: dict[str, Callable[[], dict[str, float]]] = {
+            "fednested int8": lambda: federation.run(deltas, "int8").seconds,
+            "fednested int4": lambda: federation.run(deltas, "int4").seconds,
+            "flwr in one process": lambda: flwr.ask("fedavg")["seconds"],
+            "dense formation": lambda: _dense_seconds(deltas),
+        }
+        absent: dict[str, str] = {}
+        try:
+            nvflare = stack.enter_context(Worker("nvflare", paths))
+            nvflare.ask("fedavg")
+            check_averages(deltas, averages_of(nvflare, scratch / "nvflare.npz"), shape.n_tensors)
+            sides["NVFlare averaging"] = lambda: nvflare.ask("fedavg")["seconds"]
+        except PeerMissing as error:
+            absent["NVFlare averaging"] = str(error)
+        if deployed:
+            deployment = stack.enter_context(Deployment(paths))
+            sides["flwr deployed"] = lambda: round_seconds(deployment.round(), shape)
+        seconds: dict[str, dict[str, list[float]]] = {side: defaultdict(list) for side in sides}
+        for _ in range(repeats):
+            for side, measure in sides.items():
+                for phase, took in measure().items():
+                    seconds[side][phase].append(took)
+        sent_bytes = {
+            f"fednested {encoding}": federation.run(deltas[:1], encoding).sent_bytes for encoding in ("int8", "int4")
+        }
+        return SideBySide(
+            seconds={side: dict(phases) for side, phases in seconds.items()},
+            sent_bytes=sent_bytes | {"flwr in one process": flwr.ask("fedavg")["bytes"]},
+            factor_error=factors,
+            int8_share=share,
+            absent=absent,
+        )
+
+
+def round_seconds(done: dict[str, float], shape: Shape) -> dict[str, float]:
+    """Return the seconds of a deployed round that aggregated every tensor.
+
+    Raises:
+        NotEqual: it did not.
+    """
+    if done["tensors"] != shape.n_tensors:
+        raise NotEqual(f"flwr's round aggregated {done['tensors']} tensors of {shape.n_tensors}")
+    return {phase: done[phase] for phase in ("transport", "aggregate")}
+
+
+def _check_flwr(
+    flwr: Worker, federation: Federation, deltas: Sequence[Delta], paths: Sequence[Path]
+) -> tuple[float, float]:
+    """Check flwr's averages, and one client alone against ours; returns (factor error, share of the int8 bound)."""
+    shape, scratch = federation.shape, paths[0].parent
+    flwr.ask("fedavg")
+    averages = averages_of(flwr, scratch / "flwr.npz")
+    check_averages(deltas, averages, shape.n_tensors)
+    with Worker("flwr", paths[:1]) as alone:
+        alone.ask("fedavg")
+        share = check_one_client(federation, deltas[0], averages_of(alone, scratch / "alone.npz"))
+    return factor_error(deltas, averages, shape), share
+
+
+def _dense_seconds(deltas: Sequence[Delta]) -> dict[str, float]:
+    began = time.perf_counter()
+    dense_mean(deltas)
+    return {"aggregate": time.perf_counter() - began}
 
 
 def product(delta: Delta, name: str, row: int) -> np.ndarray:
@@ -140,17 +257,25 @@ def averages_of(worker: Worker, path: Path) -> Averages:
         return {key: stored[key] for key in stored.files}
 
 
-def broken(delta: Delta) -> Delta:
-    """Return the delta with every number NaN."""
-    factors = {
-        name: ExpertFactors(
-            expert_ids=each.expert_ids,
-            lora_a=np.full_like(each.lora_a, np.nan),
-            lora_b=np.full_like(each.lora_b, np.nan),
-        )
-        for name, each in delta.factors.items()
+def nans(federation: Federation, deltas: Sequence[Delta]) -> tuple[int, list[str]]:
+    """Fold with one client that sends NaN; returns (NaN in the new model, reasons of refusal)."""
+    *honest, last = deltas
+    name = list(federation.signers)[len(honest)]
+    done = federation.run(honest, beside=[federation.broken(name, last)])
+    found = sum(
+        int(np.isnan(read_slice(key, digest, federation.blobs)[SLICE_TENSOR]).sum())
+        for key, digest in done.candidate.blobs.items()
+        if key != "core/rest"
+    )
+    return found, [refused.reason for refused in done.admission.refused]
+
+
+def dense_mean(deltas: Sequence[Delta]) -> dict[str, np.ndarray]:
+    """Form every update of every expert and average, fp32: what a peer does that averages updates, not factors."""
+    return {
+        name: sum(d.spec.scale / len(deltas) * (d.factors[name].lora_b @ d.factors[name].lora_a) for d in deltas)
+        for name in deltas[0].factors
     }
-    return Delta(spec=delta.spec, factors=factors)
 
 
 def _rounding(factor: np.ndarray, axis: int) -> float:

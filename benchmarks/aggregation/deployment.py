@@ -57,8 +57,9 @@ class Deployment:
                 place = ["--superlink", f"127.0.0.1:{port}", "--port", str(_free_port())]
                 self._start("flower-supernode", "--insecure", *place, "--node-config", f"partition-id={client}")
             config = f'directory="{self._directory}" clients={self._clients}'
-            submit = self._start("flwr", "run", str(HERE / "flwr_app"), "bench", "--run-config", config)
-            _wait(submit, "flwr run", lambda: submit.poll() == 0)
+            submit = [str(self._programs / "flwr"), "run", str(HERE / "flwr_app"), "bench", "--run-config", config]
+            if subprocess.run(submit, capture_output=True, env=self._environment(), check=False).returncode != 0:
+                raise PeerMissing(f"flwr run failed: see {self._home}/*.log, run it by hand in flwr's environment")
         except BaseException:
             self._stack.close()
             raise
@@ -88,21 +89,24 @@ class Deployment:
         self._stack.close()
 
     def _start(self, program: str, *arguments: str) -> subprocess.Popen:
-        environment = {**os.environ, **QUIET, "FLWR_HOME": str(self._home)}
-        environment["PATH"] = f"{self._programs}{os.pathsep}{environment['PATH']}"
-        environment.pop("PYTHONPATH", None)
-        log = self._stack.enter_context(open(self._home / f"{program}-{len(os.listdir(self._home))}.log", "wb"))
+        log = self._stack.enter_context((self._home / f"{program}-{len(os.listdir(self._home))}.log").open("wb"))
         guard = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), str(GRACE_S)]
         process = subprocess.Popen(
             [*guard, str(self._programs / program), *arguments],
             stdout=log,
             stderr=log,
-            env=environment,
+            env=self._environment(),
             cwd=self._home,
             start_new_session=True,
         )
         self._stack.callback(_end, process)
         return process
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, **QUIET, "FLWR_HOME": str(self._home)}
+        environment["PATH"] = f"{self._programs}{os.pathsep}{environment['PATH']}"
+        environment.pop("PYTHONPATH", None)
+        return environment
 
 
 def _end(process: subprocess.Popen) -> None:

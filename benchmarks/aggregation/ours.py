@@ -15,17 +15,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import cramjam
 import numpy as np
+from safetensors.numpy import save
 
 from benchmarks.aggregation.workload import Shape
 from fednested_lib.blobs import BlobStore
 from fednested_lib.config import ExportPolicyConfig
 from fednested_lib.delta import Delta, Encoding
-from fednested_lib.envelope import AdapterFields
+from fednested_lib.envelope import INLINE_LIMIT_BYTES, AdapterFields, Envelope, make_envelope
 from fednested_lib.log import TOPICS, UpdateLog
 from fednested_lib.outbox import Outbox, drain
-from fednested_lib.sidecar import TOPIC, release
-from fednested_lib.signing import Signer
+from fednested_lib.sidecar import TOPIC, make_update
+from fednested_lib.signing import Signer, sha256_hex
 from fednested_lib.snapshot import SLICE_TENSOR, encode_blob, read_slice, slice_key
 from fednested_lib.spool import Declaration
 from tier1.aggregation.fold import numeric_profile
@@ -45,12 +47,12 @@ NO_CLIP = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One run of the path: what was folded and what each phase took, in wall seconds."""
+    """One run of the path: what was folded, wall seconds of each phase, bytes of the largest update and its envelope."""
 
     candidate: Candidate
     admission: Admission
     seconds: dict[str, float]
-    payload_bytes: int
+    sent_bytes: int
 
     @property
     def total_s(self) -> float:
@@ -93,8 +95,16 @@ class Federation:
         """The chain after genesis; every pass folds on it."""
         return self.chain.state()
 
-    def run(self, deltas: Sequence[Delta], encoding: Encoding = "int8") -> Pass:
-        """Send the updates of the first clients, one each, and fold them."""
+    def run(
+        self, deltas: Sequence[Delta], encoding: Encoding = "int8", *, beside: Sequence[tuple[Envelope, bytes]] = ()
+    ) -> Pass:
+        """Send the updates of the first clients, one each, and fold them.
+
+        Args:
+            deltas: of the first clients.
+            encoding: of their payloads.
+            beside: updates that somebody else has made, sent with these.
+        """
         starts = {str(partition): high for partition, (_, high) in self.log.watermarks(TOPIC).items()}
         state = replace(self.state, offsets=starts, claims={})
         seconds: dict[str, float] = {}
@@ -105,13 +115,16 @@ class Federation:
             now = time.perf_counter()
             seconds[phase], mark = now - mark, now
 
-        envelopes = [self._release(name, delta, encoding) for name, delta in zip(self.signers, deltas, strict=False)]
+        envelopes = [self._send(name, delta, encoding) for name, delta in zip(self.signers, deltas, strict=False)]
+        for envelope, payload in beside:
+            self._put(envelope, payload)
         lap("encode")
         for outbox in self.outboxes.values():
             report = drain(outbox, self.log, self.payloads, now=time.time, rng=random.Random(0), sleep=time.sleep)
-            assert report.left == 0 and not report.dead, report
+            assert (report.left, report.dead) == (0, ()), report
         lap("log")
-        cut = take_cut(self.log, state, min_updates=len(deltas), max_wait_s=30, max_updates=len(deltas))
+        n_sent = len(deltas) + len(beside)
+        cut = take_cut(self.log, state, min_updates=n_sent, max_wait_s=30, max_updates=n_sent)
         records = read_cut(self.log, cut)
         lap("read")
         admission = admit(
@@ -142,7 +155,7 @@ class Federation:
             candidate=candidate,
             admission=admission,
             seconds=seconds,
-            payload_bytes=sum(envelope.payload_bytes for envelope in envelopes) // len(envelopes),
+            sent_bytes=max(envelope.payload_bytes + len(envelope.to_bytes()) for envelope in envelopes),
         )
 
     def step(self, candidate: Candidate, name: str, expert: int) -> np.ndarray:
@@ -159,7 +172,8 @@ class Federation:
         for outbox in self.outboxes.values():
             outbox.close()
 
-    def _release(self, name: str, delta: Delta, encoding: Encoding):
+    def make(self, name: str, delta: Delta, encoding: Encoding = "int8") -> tuple[Envelope, bytes]:
+        """Make what the device `name` sends."""
         ids = {str(layer): list(self.shape.adapted(layer)) for layer in range(self.shape.layers)}
         counts = {layer: [TOKENS] * len(experts) for layer, experts in ids.items()}
         declaration = Declaration(
@@ -173,7 +187,7 @@ class Federation:
             num_examples=TOKENS,
             factors_sha256="0" * 64,
         )
-        return release(
+        return make_update(
             declaration,
             delta,
             policy=ExportPolicyConfig(max_norm=NO_CLIP, encoding=encoding),
@@ -181,7 +195,37 @@ class Federation:
             client_id=name,
             key_epoch=0,
             signer=self.signers[name],
-            outbox=self.outboxes[name],
+        )
+
+    def broken(self, name: str, delta: Delta) -> tuple[Envelope, bytes]:
+        """Make what a hostile device sends that has no sidecar: a well-formed, signed update of NaN alone."""
+        envelope, _ = self.make(name, delta, "fp32")
+        tensors = {
+            f"{param}.{factor}": np.full_like(getattr(factors, factor), np.nan)
+            for param, factors in delta.factors.items()
+            for factor in ("lora_a", "lora_b")
+        }
+        payload = bytes(cramjam.zstd.compress(save(tensors)))
+        digest = sha256_hex(payload)
+        fields = envelope.model_dump(mode="json", exclude={"update_id", "signature"})
+        fields |= {"payload_sha256": digest, "payload_bytes": len(payload), "payload_uri": None}
+        if len(payload) > INLINE_LIMIT_BYTES:
+            fields["payload_uri"] = f"blob:{digest}"
+        return make_envelope(self.signers[name], **fields), payload
+
+    def _send(self, name: str, delta: Delta, encoding: Encoding) -> Envelope:
+        envelope, payload = self.make(name, delta, encoding)
+        self._put(envelope, payload)
+        return envelope
+
+    def _put(self, envelope: Envelope, payload: bytes) -> None:
+        self.outboxes[envelope.client_id].put(
+            sequence=envelope.sequence,
+            update_id=envelope.update_id,
+            topic=TOPIC,
+            key=envelope.client_id.encode(),
+            payload=payload,
+            envelope=envelope.to_bytes(),
         )
 
     def _genesis(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -46,10 +47,8 @@ class Worker:
         Raises:
             PeerMissing: the process ended; the message has its last line.
         """
-        try:
+        with contextlib.suppress(BrokenPipeError):
             print(command, file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass
         line = self._process.stdout.readline()
         if not line:
             said = self._process.stderr.read().strip().splitlines() or ["nothing"]

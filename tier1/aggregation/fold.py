@@ -19,7 +19,9 @@ through a function more: ΔW_agg → step.
 from __future__ import annotations
 
 import platform
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +37,7 @@ from tier1.versions.manifest import NumericProfile
 
 Factors = Callable[[str, int], tuple[np.ndarray, np.ndarray]]
 Term = tuple[float, np.ndarray, np.ndarray]  # (c, A [r, d_in], B [d_out, r])
+WRITERS = 4  # slices on their way to the disk: most of a small slice's time is waiting for it
 ROWS = 512  # of one block; part of the numeric profile of a version, as BLAS may round another block otherwise
 
 
@@ -121,12 +124,11 @@ def stack(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
     ranks = [len(a) for _, a, _ in terms]
     stacked_b = torch.empty((d_out, sum(ranks)), dtype=torch.float64)
     stacked_a = torch.empty((sum(ranks), d_in), dtype=torch.float64)
-    end = 0
+    left, right, end = stacked_b.numpy(), stacked_a.numpy(), 0  # views: numpy's calls cost less on small matrices
     for (c, a, b), rank in zip(terms, ranks, strict=True):
         start, end = end, end + rank
-        stacked_b[:, start:end] = torch.tensor(b)
-        stacked_b[:, start:end] *= c
-        stacked_a[start:end] = torch.tensor(a)
+        np.multiply(b, c, out=left[:, start:end], dtype=np.float64)
+        right[start:end] = a
     return stacked_b, stacked_a
 
 
@@ -149,14 +151,24 @@ def fold_experts(
         StorageError: the store is full.
     """
     ordered = sorted(updates, key=lambda update: update.update_id)
-    folded = dict(blobs)
-    with one_thread():
+    folded, writing = dict(blobs), deque[tuple[str, Future[str]]]()
+    with one_thread(), ThreadPoolExecutor(WRITERS) as writers:
         for key in sorted(blobs):
             terms = terms_of(key, ordered, eta)
             if terms:
                 weight = read_slice(key, blobs[key], store)[SLICE_TENSOR]
-                folded[key] = store.put(encode_blob({SLICE_TENSOR: fold_matrix(weight, terms)}))
+                data = encode_blob({SLICE_TENSOR: fold_matrix(weight, terms)})
+                writing.append((key, writers.submit(store.put, data)))
+            if len(writing) >= WRITERS:
+                _collect(writing, folded)
+        while writing:
+            _collect(writing, folded)
     return folded
+
+
+def _collect(writing: deque[tuple[str, Future[str]]], folded: dict[str, str]) -> None:
+    key, digest = writing.popleft()
+    folded[key] = digest.result()
 
 
 def terms_of(key: str, updates: Sequence[WeightedUpdate], eta: float) -> list[Term]:
