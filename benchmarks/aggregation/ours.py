@@ -47,7 +47,7 @@ NO_CLIP = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One run of the path: what was folded, wall seconds of each phase, bytes of the largest update and its envelope."""
+    """One run of the path: what was folded, wall seconds by phase, bytes of the largest update and its envelope."""
 
     candidate: Candidate
     admission: Admission

@@ -10,7 +10,8 @@ Same bytes in, same bytes out: updates are stacked in the order of their ids, th
 that torch allocated (BLAS may take another path for another thread count or alignment), in fp64, which is rounded to
 fp32 once. fp64 also keeps hostile but finite factors from overflowing inside the product. The product is made in blocks
 of rows that stay in the cache: no fp64 copy of W is ever whole. An expert that no update covers keeps its blob. One
-expert matrix is in memory at a time.
+expert matrix is folded at a time; a few finished ones are on their way to the disk, whose waiting would else be most of
+the time of a fold of many small experts. What they hold and where it lies does not depend on their order.
 
 With an outer optimiser (`outer.py`) or a rule that needs dense blocks (`coordinate.py`) the same blocks of rows pass
 through a function more: ΔW_agg → step.
