@@ -29,7 +29,7 @@ def main() -> None:
     print(f"machine: {machine()}")
     for name in [options.only] if options.only else SHAPES:
         shape, n_clients = SHAPES[name]
-        found = side_by_side(shape, n_clients, options.repeats, deployed=options.deployed)
+        found = side_by_side(shape, n_clients, options.repeats, encodings=("int8", "int4"), deployed=options.deployed)
         _print(name, shape, n_clients, found)
         size = {"n_clients": n_clients, "n_tensors": shape.n_tensors, "fp32_bytes": shape.fp32_bytes}
         report["shapes"][name] = {**asdict(shape), **size, **asdict(found)}

@@ -25,7 +25,7 @@ from benchmarks.aggregation.environment import PeerMissing
 from benchmarks.aggregation.ours import Federation
 from benchmarks.aggregation.worker import Worker
 from benchmarks.aggregation.workload import Shape
-from fednested_lib.delta import Delta
+from fednested_lib.delta import Delta, Encoding
 from fednested_lib.log import KafkaLog
 from fednested_lib.snapshot import SLICE_TENSOR, read_slice
 from services.embedded import EmbeddedBroker
@@ -89,13 +89,21 @@ def scene(
                 structlog.configure(**before)
 
 
-def side_by_side(shape: Shape, n_clients: int, repeats: int = 5, *, deployed: bool = False) -> SideBySide:
+def side_by_side(
+    shape: Shape,
+    n_clients: int,
+    repeats: int = 5,
+    *,
+    encodings: Sequence[Encoding] = ("int8",),
+    deployed: bool = False,
+) -> SideBySide:
     """Check all sides, then time them in turn.
 
     Args:
         shape: of model and adapters.
         n_clients: clients.
         repeats: of every side.
+        encodings: of our payloads.
         deployed: also through flwr's own processes, which takes minutes a repeat at the large shape.
 
     Raises:
@@ -109,8 +117,10 @@ def side_by_side(shape: Shape, n_clients: int, repeats: int = 5, *, deployed: bo
         check_ours(federation, deltas)
         factors, share = _check_flwr(flwr, federation, deltas, paths)
         sides: dict[str, Callable[[], dict[str, float]]] = {
-            "fednested int8": lambda: federation.run(deltas, "int8").seconds,
-            "fednested int4": lambda: federation.run(deltas, "int4").seconds,
+            f"fednested {encoding}": lambda encoding=encoding: federation.run(deltas, encoding).seconds
+            for encoding in encodings
+        }
+        sides |= {
             "flwr in one process": lambda: flwr.ask("fedavg")["seconds"],
             "dense formation": lambda: _dense_seconds(deltas),
         }
@@ -131,7 +141,7 @@ def side_by_side(shape: Shape, n_clients: int, repeats: int = 5, *, deployed: bo
                 for phase, took in measure().items():
                     seconds[side][phase].append(took)
         sent_bytes = {
-            f"fednested {encoding}": federation.run(deltas[:1], encoding).sent_bytes for encoding in ("int8", "int4")
+            f"fednested {encoding}": federation.run(deltas[:1], encoding).sent_bytes for encoding in encodings
         }
         return SideBySide(
             seconds={side: dict(phases) for side, phases in seconds.items()},
