@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -105,28 +105,31 @@ def flwr_nan() -> float:
 
 
 @contextmanager
-def krums(spread: float) -> Iterator[tuple[list[Delta], Worker, Path]]:
-    """Yield one buffer and flwr's process on its products."""
-    with tempfile.TemporaryDirectory() as directory:
-        deltas = krum.buffer(0, spread)
-        with Worker("flwr", krum.write(deltas, Path(directory))) as flwr:
-            yield deltas, flwr, Path(directory)
+def krums() -> Iterator[Callable[[list[Delta]], tuple[int, float]]]:
+    """Yield a function: updates → (client that flwr's Krum keeps, seconds it takes)."""
+    with tempfile.TemporaryDirectory() as directory, Worker("flwr", []) as flwr:
+
+        def keep(deltas: list[Delta]) -> tuple[int, float]:
+            flwr.ask(" ".join(["load", *map(str, krum.write(deltas, Path(directory)))]))
+            took = flwr.ask(f"krum {krum.HOSTILE}")["seconds"]["aggregate"]
+            return krum.kept(averages_of(flwr, Path(directory) / "kept.npz"), deltas), took
+
+        yield keep
 
 
 @figure("peers.flwr_krum", unit="x", cls="full")
 def flwr_krum() -> Reading:
     """Krum of seven updates of 4 layers × 8 experts: flwr's on products over ours on factors; both keep the same."""
     found = []
-    with krums(spread=0.1) as (deltas, flwr, directory):
-        flwr.ask(f"krum {krum.HOSTILE}")
-        kept = krum.kept(averages_of(flwr, directory / "flwr.npz"), deltas)
-        if not kept == krum.ours(deltas) == krum.referee(deltas):
-            raise NotEqual(f"flwr's Krum keeps {kept}, ours {krum.ours(deltas)}, its definition {krum.referee(deltas)}")
-        for _ in range(REPEATS):
-            theirs = flwr.ask(f"krum {krum.HOSTILE}")["seconds"]["aggregate"]
+    with krums() as keep:
+        for seed in range(REPEATS):
+            deltas = krum.buffer(seed, 0.1)
+            kept, theirs = keep(deltas)
             began = time.perf_counter()
-            krum.ours(deltas)
+            mine = krum.ours(deltas)
             found.append(theirs / (time.perf_counter() - began))
+            if not kept == mine == krum.referee(deltas):
+                raise NotEqual(f"of buffer {seed} flwr's Krum keeps {kept}, ours {mine}: not what its definition says")
     return Reading.of(found)
 
 
@@ -134,14 +137,11 @@ def flwr_krum() -> Reading:
 def flwr_krum_wrong() -> float:
     """Buffers, of ten whose updates differ by 1e-3, where flwr's fp32 Krum keeps another than Krum does; ours: none."""
     wrong = 0
-    for seed in range(10):
-        deltas = krum.buffer(seed, 1e-3)
-        right = krum.referee(deltas)
-        if krum.ours(deltas) != right:
-            raise NotEqual(f"our Krum keeps {krum.ours(deltas)} of buffer {seed}, its definition {right}")
-        with tempfile.TemporaryDirectory() as directory:
-            place = Path(directory)
-            with Worker("flwr", krum.write(deltas, place)) as flwr:
-                flwr.ask(f"krum {krum.HOSTILE}")
-                wrong += krum.kept(averages_of(flwr, place / "flwr.npz"), deltas) != right
+    with krums() as keep:
+        for seed in range(10):
+            deltas = krum.buffer(seed, 1e-3)
+            right = krum.referee(deltas)
+            if krum.ours(deltas) != right:
+                raise NotEqual(f"our Krum keeps {krum.ours(deltas)} of buffer {seed}, its definition {right}")
+            wrong += keep(deltas)[0] != right
     return float(wrong)

@@ -8,6 +8,7 @@ reads a command a line from standard input, answers with one JSON line each:
     krum F          the same records through Krum with F malicious nodes, aggregation alone
     nan             FedAvg where the first client's first tensor is one NaN
     write PATH      the last aggregate, as .npz
+    load PATH …     other clients' tensors instead of the ones it was started with
 
 `fedavg` is what flwr cannot do without, and less than it does: its own serialisation and its own in-memory object store
 with its own push and pull functions in one process, so no HTTP, no process, no polling and one hop instead of three.
@@ -98,7 +99,9 @@ def main(paths: list[str]) -> None:
     for line in sys.stdin:
         name, *arguments = line.split()
         answer: dict = {}
-        if name == "fedavg":
+        if name == "load":
+            clients = [tensors(path) for path in arguments]
+        elif name == "fedavg":
             last, answer = fedavg(clients)
         elif name == "krum":
             last, answer = krum(clients, int(arguments[0]))
