@@ -7,6 +7,7 @@ of processes, not what the server sends down.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+import psutil
 
 from benchmarks.aggregation.environment import PeerMissing, interpreter
 from benchmarks.aggregation.worker import HERE, QUIET
@@ -110,12 +113,18 @@ class Deployment:
 
 
 def _end(process: subprocess.Popen) -> None:
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     try:
         process.wait(GRACE_S + 5)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    for each in family:  # an app in the middle of a round is in a session of its own and goes on asking
+        with contextlib.suppress(psutil.Error):
+            each.kill()
 
 
 def _wait(process: subprocess.Popen, name: str, ready) -> None:
