@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
-CODE = [".", ":(exclude)benchmarks/results.json", ":(exclude)*.md"]
+CODE = [".", ":(exclude)benchmarks/results.json", ":(exclude)benchmarks/results/*", ":(exclude)*.md"]
 DIRTY = "+changes"
 
 

@@ -75,6 +75,8 @@ def _round(
 ) -> tuple[np.ndarray, np.ndarray]:
     # The smallest normal float keeps the quotient finite for subnormal vectors, which round to zero.
     scale = np.maximum(peak / np.float32(largest), _TINY).astype(np.float32)
-    noise = rng.random(values.shape, dtype=np.float32)
-    codes = np.clip(np.floor(values / scale + noise), -largest, largest).astype(np.int8)
-    return codes, np.where(peak > 0, scale, np.float32(0)).astype(np.float32)
+    codes = values / scale
+    codes += rng.random(values.shape, dtype=np.float32)
+    np.floor(codes, out=codes)
+    np.clip(codes, -largest, largest, out=codes)
+    return codes.astype(np.int8), np.where(peak > 0, scale, np.float32(0)).astype(np.float32)

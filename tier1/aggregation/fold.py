@@ -10,7 +10,8 @@ Same bytes in, same bytes out: updates are stacked in the order of their ids, th
 that torch allocated (BLAS may take another path for another thread count or alignment), in fp64, which is rounded to
 fp32 once. fp64 also keeps hostile but finite factors from overflowing inside the product. The product is made in blocks
 of rows that stay in the cache: no fp64 copy of W is ever whole. An expert that no update covers keeps its blob. One
-expert matrix is in memory at a time.
+expert matrix is folded at a time; a few finished ones are on their way to the disk, whose waiting would else be most of
+the time of a fold of many small experts. What they hold and where it lies does not depend on their order.
 
 With an outer optimiser (`outer.py`) or a rule that needs dense blocks (`coordinate.py`) the same blocks of rows pass
 through a function more: ΔW_agg → step.
@@ -19,7 +20,9 @@ through a function more: ΔW_agg → step.
 from __future__ import annotations
 
 import platform
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +38,7 @@ from tier1.versions.manifest import NumericProfile
 
 Factors = Callable[[str, int], tuple[np.ndarray, np.ndarray]]
 Term = tuple[float, np.ndarray, np.ndarray]  # (c, A [r, d_in], B [d_out, r])
+WRITERS = 4  # slices on their way to the disk: most of a small slice's time is waiting for it
 ROWS = 512  # of one block; part of the numeric profile of a version, as BLAS may round another block otherwise
 
 
@@ -121,12 +125,11 @@ def stack(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
     ranks = [len(a) for _, a, _ in terms]
     stacked_b = torch.empty((d_out, sum(ranks)), dtype=torch.float64)
     stacked_a = torch.empty((sum(ranks), d_in), dtype=torch.float64)
-    end = 0
+    left, right, end = stacked_b.numpy(), stacked_a.numpy(), 0  # views: numpy's calls cost less on small matrices
     for (c, a, b), rank in zip(terms, ranks, strict=True):
         start, end = end, end + rank
-        stacked_b[:, start:end] = torch.tensor(b)
-        stacked_b[:, start:end] *= c
-        stacked_a[start:end] = torch.tensor(a)
+        np.multiply(b, c, out=left[:, start:end], dtype=np.float64)
+        right[start:end] = a
     return stacked_b, stacked_a
 
 
@@ -149,14 +152,24 @@ def fold_experts(
         StorageError: the store is full.
     """
     ordered = sorted(updates, key=lambda update: update.update_id)
-    folded = dict(blobs)
-    with one_thread():
+    folded, writing = dict(blobs), deque[tuple[str, Future[str]]]()
+    with one_thread(), ThreadPoolExecutor(WRITERS) as writers:
         for key in sorted(blobs):
             terms = terms_of(key, ordered, eta)
             if terms:
                 weight = read_slice(key, blobs[key], store)[SLICE_TENSOR]
-                folded[key] = store.put(encode_blob({SLICE_TENSOR: fold_matrix(weight, terms)}))
+                data = encode_blob({SLICE_TENSOR: fold_matrix(weight, terms)})
+                writing.append((key, writers.submit(store.put, data)))
+            if len(writing) >= WRITERS:
+                _collect(writing, folded)
+        while writing:
+            _collect(writing, folded)
     return folded
+
+
+def _collect(writing: deque[tuple[str, Future[str]]], folded: dict[str, str]) -> None:
+    key, digest = writing.popleft()
+    folded[key] = digest.result()
 
 
 def terms_of(key: str, updates: Sequence[WeightedUpdate], eta: float) -> list[Term]:

@@ -50,12 +50,14 @@ class FactorSpool:
         offset = self._offset
         try:
             for param, factors in delta.factors.items():
-                _, rank, d_in = factors.lora_a.shape
+                n, rank, d_in = factors.lora_a.shape
                 d_out = factors.lora_b.shape[1]
+                flat = np.concatenate(
+                    [factors.lora_a.reshape(n, -1), factors.lora_b.reshape(n, -1)], 1, dtype=np.float32
+                )
                 for i, expert in enumerate(factors.expert_ids):
-                    self._places[update_id, param, expert] = (offset, rank, d_out, d_in)
-                    for array in (factors.lora_a[i], factors.lora_b[i]):
-                        offset += self._write(np.ascontiguousarray(array, dtype=np.float32), offset)
+                    self._places[update_id, param, expert] = (offset + i * flat[i].nbytes, rank, d_out, d_in)
+                offset += self._write(flat, offset)
         except OSError as error:
             raise StorageError(
                 f"cannot spool {delta.size_fp32_bytes} bytes to {self._file.name} ({error.strerror}): free space there"
