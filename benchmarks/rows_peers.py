@@ -71,13 +71,13 @@ def flwr_speedup() -> Reading:
     return Reading.of(found)
 
 
-@figure("peers.flwr_in_process", unit="x", cls="full")
+@figure("peers.flwr_in_process", unit="x", cls="long")
 def flwr_in_process() -> Reading:
     """The same where flwr only serialises and averages, in one process, no network; fednested whole, to disk."""
     return Reading.of(large().ratios("flwr in one process", "fednested int8"))
 
 
-@figure("peers.nvflare_averaging", unit="x", cls="full")
+@figure("peers.nvflare_averaging", unit="x", cls="long")
 def nvflare_averaging() -> Reading:
     """NVFlare 2.9's averaging of A and B alone, in memory, over fednested's whole path of the same two adapters."""
     run = large()
@@ -86,7 +86,7 @@ def nvflare_averaging() -> Reading:
     return Reading.of(run.ratios("NVFlare averaging", "fednested int8"))
 
 
-@figure("peers.flwr_factor_error", unit="%", cls="full")
+@figure("peers.flwr_factor_error", unit="%", cls="long")
 def flwr_factor_error() -> float:
     """Distance of flwr's product of averaged A and B from the mean of two updates, of that mean's norm."""
     return 100 * large().factor_error
