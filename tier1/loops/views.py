@@ -34,11 +34,20 @@ def sync_views(fed: Federation) -> None:
     Raises:
         TransportError: a server does not answer; the chain is unharmed, the next call repairs.
     """
+    publish_outcomes(fed)
+    repair_from_chain(fed.registry, lambda: registry_state(fed))
+    _record_versions(fed, fed.chain.entries())
+
+
+def publish_outcomes(fed: Federation) -> None:
+    """Bring the views that lie on the log up to date: refused records in quarantine, devices told what is settled.
+
+    Raises:
+        TransportError: the log does not answer; the next call repairs.
+    """
     entries = fed.chain.entries()
     _publish_quarantine(fed, entries)
     _publish_settled(fed, entries)
-    repair_from_chain(fed.registry, lambda: registry_state(fed))
-    _record_versions(fed, entries)
 
 
 def registry_state(fed: Federation) -> RegistryState:
