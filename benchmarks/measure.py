@@ -7,10 +7,12 @@ number it is the resident set size, which counts shared pages again and so errs 
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import psutil
 
@@ -23,23 +25,43 @@ def main(arguments: list[str]) -> int:
     if separator != ["--"] or not command:
         print("usage: python -m benchmarks.measure NAME -- COMMAND ...", file=sys.stderr)
         return 2
-    began, peak_bytes = time.monotonic(), 0
     # The command gets the same Ctrl-C and cleans up; wherever it meets us, we only go on waiting for it. A handler, not
     # SIG_IGN, which the command would inherit.
     signal.signal(signal.SIGINT, lambda *_: None)
-    process = subprocess.Popen(command)
+    cost = watch(subprocess.Popen(command))
+    print(
+        f"{name}: {cost.wall_s // 60:.0f} min {cost.wall_s % 60:02.0f} s wall, {cost.peak_gib:.2f} GiB peak memory",
+        flush=True,
+    )
+    return cost.code if cost.code >= 0 else 128 - cost.code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a command took: exit code, wall time in seconds, peak memory of its process tree in GiB."""
+
+    code: int
+    wall_s: float
+    peak_gib: float
+
+
+def watch(process: subprocess.Popen, timeout_s: float = math.inf) -> Cost:
+    """Wait for a process, sampling its memory.
+
+    Raises:
+        RuntimeError: it was not done after `timeout_s`; it has been asked to end, and has ended.
+    """
+    began, peak_bytes = time.monotonic(), 0
     while True:
         try:
             code = process.wait(timeout=INTERVAL_S)
-            break
+            return Cost(code=code, wall_s=time.monotonic() - began, peak_gib=peak_bytes / 2**30)
         except subprocess.TimeoutExpired:
             peak_bytes = max(peak_bytes, tree_bytes(process.pid))
-    wall_s = time.monotonic() - began
-    print(
-        f"{name}: {wall_s // 60:.0f} min {wall_s % 60:02.0f} s wall, {peak_bytes / 2**30:.2f} GiB peak memory",
-        flush=True,
-    )
-    return code if code >= 0 else 128 - code
+        if time.monotonic() - began > timeout_s:
+            process.terminate()
+            process.wait()
+            raise RuntimeError(f"not done after {timeout_s:.0f} s: {process.args}")
 
 
 def tree_bytes(pid: int) -> int:

@@ -6,13 +6,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.measure import INTERVAL_S, tree_bytes
+from benchmarks.measure import Cost, watch
 from benchmarks.registry import figure
 from benchmarks.results import ROOT
 
@@ -25,8 +24,7 @@ class DemoRun:
     """What one run of the demo took, and its report."""
 
     report: dict
-    wall_s: float
-    peak_gib: float
+    cost: Cost
 
 
 @cache
@@ -44,24 +42,15 @@ def _others() -> dict[int, DemoRun]:
 def _run(seed: int) -> DemoRun:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "demo"
-        began, peak = time.monotonic(), 0
         command = [sys.executable, "-m", "examples.shakespeare", "--seed", str(seed), "--out", str(out)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            while process.poll() is None:
-                if time.monotonic() - began > TIMEOUT_S:
-                    raise RuntimeError(f"demo with seed {seed} took more than {TIMEOUT_S} s")
-                peak = max(peak, tree_bytes(process.pid))
-                time.sleep(INTERVAL_S)
-        finally:
-            process.terminate()
-            output = process.communicate()[0]
-        if process.returncode != 0:
-            raise RuntimeError(
-                f"demo with seed {seed} ended with code {process.returncode}: {output.strip().splitlines()[-1]}"
-            )
-        report = json.loads((out / "report.json").read_text())
-        return DemoRun(report=report, wall_s=time.monotonic() - began, peak_gib=peak / 2**30)
+        said = Path(scratch) / "said.txt"
+        with said.open("w") as output:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            cost = watch(process, TIMEOUT_S)
+        if cost.code != 0:
+            last = said.read_text().strip().splitlines()[-1:]
+            raise RuntimeError(f"demo with seed {seed} ended with code {cost.code}: {last}")
+        return DemoRun(report=json.loads((out / "report.json").read_text()), cost=cost)
 
 
 def _device_means(report: dict) -> list[float]:
@@ -75,13 +64,13 @@ def _device_means(report: dict) -> list[float]:
 @figure("demo.wall", unit="s", bound="<= 480", cls="full")
 def demo_wall() -> float:
     """Wall time of `make demo` after set-up, two cores, seed 0 alone."""
-    return demo(SEEDS[0]).wall_s
+    return demo(SEEDS[0]).cost.wall_s
 
 
 @figure("demo.memory", unit="GiB", bound="<= 6", cls="full")
 def demo_memory() -> float:
     """Peak memory of the demo with all its processes, largest of three seeds."""
-    return max(demo(seed).peak_gib for seed in SEEDS)
+    return max(demo(seed).cost.peak_gib for seed in SEEDS)
 
 
 @figure("learning.gap_closed", unit="%", bound=">= 60", cls="full")

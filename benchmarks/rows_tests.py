@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.measure import INTERVAL_S, tree_bytes
+from benchmarks.measure import Cost, watch
 from benchmarks.registry import figure
 from benchmarks.results import ROOT
 
@@ -24,8 +23,7 @@ class Suite:
     """One run of all tests: (module, test, outcome) each, wall time and peak memory of the whole process tree."""
 
     cases: tuple[tuple[str, str, str], ...]
-    wall_s: float
-    peak_gib: float
+    cost: Cost
 
     def share_passed(self, *parts: str) -> float:
         """Percentage of the tests whose `module::test` contains one of `parts` that passed; skipped ones did not."""
@@ -41,7 +39,6 @@ def suite() -> Suite:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "junit.xml"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        began, peak = time.monotonic(), 0
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", f"--junitxml={report}"],
             cwd=ROOT,
@@ -49,18 +46,9 @@ def suite() -> Suite:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        try:
-            while process.poll() is None:
-                if time.monotonic() - began > TIMEOUT_S:
-                    raise RuntimeError(f"the tests took more than {TIMEOUT_S} s")
-                peak = max(peak, tree_bytes(process.pid))
-                time.sleep(INTERVAL_S)
-        finally:
-            process.terminate()
-            process.wait()
-        wall_s = time.monotonic() - began
+        cost = watch(process, TIMEOUT_S)
         cases = tuple(_case(node) for node in ElementTree.parse(report).iter("testcase"))
-    return Suite(cases=cases, wall_s=wall_s, peak_gib=peak / 2**30)
+    return Suite(cases=cases, cost=cost)
 
 
 def _case(node: ElementTree.Element) -> tuple[str, str, str]:
@@ -72,13 +60,13 @@ def _case(node: ElementTree.Element) -> tuple[str, str, str]:
 @figure("tests.wall", unit="s", bound="<= 600", cls="full")
 def tests_wall() -> float:
     """Wall time of the whole test suite after set-up."""
-    return suite().wall_s
+    return suite().cost.wall_s
 
 
 @figure("tests.memory", unit="GiB", bound="<= 6", cls="full")
 def tests_memory() -> float:
     """Peak memory of the test suite with all the servers and devices it starts."""
-    return suite().peak_gib
+    return suite().cost.peak_gib
 
 
 @figure("tests.failed", unit="1", bound="== 0", cls="full")

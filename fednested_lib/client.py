@@ -39,7 +39,7 @@ from fednested_lib.events import (
 )
 from fednested_lib.failpoints import failpoint
 from fednested_lib.local_update import Interrupted, Job, LocalReport, LocalTrainer, Model
-from fednested_lib.log import UpdateLog
+from fednested_lib.log import CONTROL, TELEMETRY, UpdateLog
 from fednested_lib.outbox import Outbox, drain
 from fednested_lib.sidecar import release
 from fednested_lib.signing import Signer, canonical_json
@@ -47,7 +47,6 @@ from fednested_lib.snapshot import SnapshotManifest, expert_shapes, fetch, prune
 from fednested_lib.spool import Spool
 from fednested_lib.text import require_text
 
-CONTROL, TELEMETRY = "control.federation_rounds", "telemetry.edge"
 _SLICE_S = 0.1
 _FAREWELL_S = 20.0
 

@@ -24,13 +24,19 @@ from fednested_lib.errors import ConfigError, LogError, PayloadError, TransportE
 if TYPE_CHECKING:
     from fednested_lib.kafka_log import KafkaLog as KafkaLog
 
+CONTROL = "control.federation_rounds"  # signed events of tier 1
+UPDATES = "updates.experts.local"  # device updates
+DENSE = "updates.tier1"  # dense deltas of core updates
+QUARANTINE = "updates.experts.quarantine"  # refused device updates, each with its reason
+TELEMETRY = "telemetry.edge"
+TASKS = "tasks.training"
 TOPICS: dict[str, int] = {
-    "control.federation_rounds": 1,  # one partition: total order
-    "updates.experts.local": 3,
-    "updates.tier1": 1,
-    "telemetry.edge": 1,
-    "tasks.training": 1,
-    "updates.experts.quarantine": 1,
+    CONTROL: 1,  # one partition: total order
+    UPDATES: 3,
+    DENSE: 1,
+    TELEMETRY: 1,
+    TASKS: 1,
+    QUARANTINE: 1,
 }
 
 # Kafka brokers accept 1 MiB per batch by default; the rest is head-room for the batch's own framing.

@@ -25,12 +25,11 @@ from fednested_lib.config import ExportPolicyConfig
 from fednested_lib.delta import Delta, ExpertFactors, encode, squared_norm
 from fednested_lib.envelope import INLINE_LIMIT_BYTES, Envelope, bucket, make_envelope
 from fednested_lib.errors import PayloadError
+from fednested_lib.log import UPDATES
 from fednested_lib.outbox import Outbox
 from fednested_lib.partition import expert_param
 from fednested_lib.signing import Signer, sha256_hex
 from fednested_lib.spool import Declaration
-
-TOPIC = "updates.experts.local"
 
 _log = structlog.get_logger(__name__)
 
@@ -173,7 +172,7 @@ def release(
     outbox.put(
         sequence=envelope.sequence,
         update_id=envelope.update_id,
-        topic=TOPIC,
+        topic=UPDATES,
         key=client_id.encode(),
         payload=payload,
         envelope=envelope.to_bytes(),

@@ -11,13 +11,13 @@ import numpy as np
 
 from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors, encode
 from fednested_lib.envelope import HEADER, INLINE_LIMIT_BYTES, make_envelope
+from fednested_lib.log import UPDATES
 from fednested_lib.partition import expert_param
 from fednested_lib.signing import Signer, sha256_hex
 from fednested_lib.snapshot import expert_shapes
 from tier1.federation import Federation, open_federation
 from tier1.workspace import create_workspace
 
-TOPIC = "updates.experts.local"
 PHRASE = "the king and queen of night did speak to all good lords about love war gold storm ship crown sword field"
 WORDS = PHRASE.split()
 SMALL_MODEL = {
@@ -126,7 +126,7 @@ class Device:
 
     def append(self, envelope: bytes, payload: bytes):
         """Append raw bytes, valid or not."""
-        return self.fed.log.append(TOPIC, key=self.client.encode(), value=payload, headers={HEADER: envelope})
+        return self.fed.log.append(UPDATES, key=self.client.encode(), value=payload, headers={HEADER: envelope})
 
 
 def _seed(client: str, sequence: int) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import ConfigError
-from fednested_lib.log import TOPICS, InMemoryLog, KafkaLog, UpdateLog
+from fednested_lib.events import Event, sign_event
+from fednested_lib.log import CONTROL, TOPICS, InMemoryLog, KafkaLog, UpdateLog
 from fednested_lib.signing import Signer
 from tier1.config import Tier1Config, load_tier1
 from tier1.governance.audit import AuditedAuthorizer, require_access
@@ -107,6 +108,14 @@ class Federation:
             principal=principal or self.config.identity.principal, action=action, resource=resource, context=context
         )
         return require_access(self.authorizer, request)
+
+    def announce(self, event: Event, *, key: bytes) -> None:
+        """Tell the devices something, signed by tier 1.
+
+        Raises:
+            TransportError: the log does not answer; announce again, twice is harmless.
+        """
+        self.log.append(CONTROL, key=key, value=event.to_bytes(), headers=sign_event(event, self.signer))
 
     def close(self) -> None:
         """Let go of the log connection, if one was opened."""

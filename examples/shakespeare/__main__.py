@@ -213,14 +213,11 @@ def _settle_late(config: Path, approver: Approver) -> None:
 
 
 def _end_of_federation(config: Path) -> None:
-    from fednested_lib.events import FederationEnd, sign_event
+    from fednested_lib.events import FederationEnd
 
     fed = open_federation(config)
     state = fed.chain.state()
-    event = FederationEnd(federation=state.federation, chain_seq=state.seq)
-    fed.log.append(
-        "control.federation_rounds", key=b"end", value=event.to_bytes(), headers=sign_event(event, fed.signer)
-    )
+    fed.announce(FederationEnd(federation=state.federation, chain_seq=state.seq), key=b"end")
     fed.close()
 
 

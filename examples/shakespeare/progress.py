@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fednested_lib.errors import FednestedError
+from fednested_lib.log import UPDATES
 from tier1.federation import Federation, open_federation
 
-TOPIC = "updates.experts.local"
 POLL_S = 0.5
 
 
@@ -39,7 +39,7 @@ def _watch(fed: Federation, done: threading.Event) -> None:
     with tqdm(total=fed.config.window.min_updates, desc="   updates", unit="update", leave=False) as bar:
         while not done.wait(POLL_S):
             try:
-                arrived = sum(high for _, high in fed.log.watermarks(TOPIC).values()) - consumed
+                arrived = sum(high for _, high in fed.log.watermarks(UPDATES).values()) - consumed
             except FednestedError:
                 continue  # the round itself says what is wrong
             bar.update(min(arrived, bar.total) - bar.n)

@@ -15,14 +15,13 @@ import pytest
 import torch
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.client import CONTROL, TELEMETRY, run
+from fednested_lib.client import run
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import decode
 from fednested_lib.envelope import HEADER, parse_envelope, verify_envelope
 from fednested_lib.errors import DataError, SnapshotError, StorageError, TrainingError, TransportError
 from fednested_lib.events import FederationEnd, ModelAvailable, UpdatesSettled, parse_event, sign_event
-from fednested_lib.log import TOPICS, InMemoryLog
-from fednested_lib.sidecar import TOPIC
+from fednested_lib.log import CONTROL, TELEMETRY, TOPICS, UPDATES, InMemoryLog
 from fednested_lib.signing import Signer
 from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
 
@@ -101,7 +100,7 @@ class World:
         }
         return Tier2Config.model_validate(document)
 
-    def records(self, topic: str = TOPIC, log: InMemoryLog | None = None):
+    def records(self, topic: str = UPDATES, log: InMemoryLog | None = None):
         log = log or self.log
         return list(log.read(topic, log.watermarks(topic)))
 
@@ -336,7 +335,7 @@ def test_offline_device_keeps_its_update(world, monkeypatch):
 
     class Dying(InMemoryLog):
         def append(self, topic, **record):
-            self.reachable = topic != TOPIC
+            self.reachable = topic != UPDATES
             return super().append(topic, **record)
 
     dying = Dying(name="dying")

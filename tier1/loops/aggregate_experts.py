@@ -21,7 +21,6 @@ from tier1.versions.candidates import save_candidate
 from tier1.versions.manifest import Candidate, Cut, Inputs
 
 log = structlog.get_logger()
-TOPIC = "updates.experts.local"
 
 
 def take_updates(fed: Federation) -> CutRef:

@@ -12,11 +12,11 @@ import structlog
 
 from fednested_lib.errors import EnvelopeError, TransportError
 from fednested_lib.events import ModelAvailable, verify_event
+from fednested_lib.log import CONTROL
 from tier1.federation import Federation
 from tier1.governance.registry import check_anchor
 
 log = structlog.get_logger()
-CONTROL = "control.federation_rounds"
 
 
 def check_end(fed: Federation) -> Iterator[str]:

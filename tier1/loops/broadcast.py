@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import structlog
 
-from fednested_lib.events import ModelAvailable, sign_event
+from fednested_lib.events import ModelAvailable
 from fednested_lib.failpoints import failpoint
 from tier1.federation import Federation
 from tier1.loops.anchors import require_whole_chain
@@ -16,7 +16,6 @@ from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import Published
 
 log = structlog.get_logger()
-TOPIC = "control.federation_rounds"
 
 
 def publish_champion(fed: Federation) -> Published:
@@ -46,6 +45,6 @@ def publish_champion(fed: Federation) -> Published:
         chain_seq=state.seq,
         chain_head=state.digest,
     )
-    fed.log.append(TOPIC, key=b"champion", value=event.to_bytes(), headers=sign_event(event, fed.signer))
+    fed.announce(event, key=b"champion")
     log.info("broadcast.published", version=champion.version, blobs=len(champion.blobs), size_bytes=n_bytes)
     return Published(version=champion.version, snapshot=snapshot, n_blobs=len(champion.blobs) + 1, n_bytes=n_bytes)

@@ -18,6 +18,7 @@ import structlog
 from fednested_lib.blobs import write_durable
 from fednested_lib.errors import ChainError, LogError
 from fednested_lib.failpoints import failpoint
+from fednested_lib.log import DENSE
 from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.federation import Federation
 from tier1.loops.genesis import ensure_genesis
@@ -27,7 +28,6 @@ from tier1.versions.dense_update import make_dense
 from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
 
 log = structlog.get_logger()
-TOPIC = "updates.tier1"
 
 
 def authorise_training(fed: Federation, run_id: str) -> TrainingGrant:
@@ -78,9 +78,9 @@ def train_delta(fed: Federation, data: PackedData, run_id: str, base_version: in
     done = json.loads(place.read_bytes())
     update = DenseUpdate.model_validate(done["update"])
     if not _dense_path(fed, update.update_id).exists():
-        partition, offset = fed.log.append(TOPIC, key=run_id.encode(), value=update.to_bytes(), headers={})
+        partition, offset = fed.log.append(DENSE, key=run_id.encode(), value=update.to_bytes(), headers={})
         failpoint("core.after_publish")
-        dense = DenseInput(**update.model_dump(), topic=TOPIC, partition=partition, offset=offset)
+        dense = DenseInput(**update.model_dump(), topic=DENSE, partition=partition, offset=offset)
         record = {"dense": dense.model_dump(mode="json"), "lineage": done["lineage"]}
         write_durable(_dense_path(fed, update.update_id), canonical_json(record))
     return DenseRef(update_id=update.update_id, run_id=run_id, base_version=update.base_version)
@@ -145,7 +145,7 @@ def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[s
         run_id=update.update_id,
         principal=update.trainer,
         inputs=[Source(platform="file", name=name, digest=update.dataset_digest) for name in sorted(core.datasets)],
-        outputs=[Source(platform="kafka", name=TOPIC, digest=update.update_id)],
+        outputs=[Source(platform="kafka", name=DENSE, digest=update.update_id)],
         parameters={
             "steps": core.steps,
             "batch_size": core.batch_size,
@@ -172,13 +172,13 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
     from tier1.versions.build import fold_candidate
 
     receipt = _receipt(fed, ref.update_id)
-    grant = fed.authorise("aggregate", f"topic:{TOPIC}")
+    grant = fed.authorise("aggregate", f"topic:{DENSE}")
     state, place = fed.chain.state(), receipt["dense"]
-    found = fed.log.read(TOPIC, {place["partition"]: (place["offset"], place["offset"] + 1)})
+    found = fed.log.read(DENSE, {place["partition"]: (place["offset"], place["offset"] + 1)})
     dense = admit_dense(next(iter(found)), state, fed.config.identity.trusted)
     if dense.update_id != ref.update_id:
         raise LogError(
-            f"{TOPIC}[{place['partition']}] offset {place['offset']} holds update {dense.update_id[:12]}, the run "
+            f"{DENSE}[{place['partition']}] offset {place['offset']} holds update {dense.update_id[:12]}, the run "
             f"published {ref.update_id[:12]}: the log re-used offsets; restore it or run core_update under a new name"
         )
     candidate = fold_candidate(

@@ -119,7 +119,7 @@ def _settled(fed: Federation, sealed: Sealed) -> Settled:
 
 
 def gate_candidate(fed: Federation, candidate: Candidate) -> GateRecord:
-    """Evaluate a candidate against the champion-to-be's parent and judge it: the automatic gate."""
+    """Evaluate a candidate and its parent on every suite and judge the difference: the automatic gate."""
     from fednested_lib.snapshot import SnapshotManifest
 
     parent = fed.chain.state().versions[candidate.parent_version]
@@ -235,16 +235,21 @@ def _outcome(fed: Federation, verdict: str, version: int, reason: str) -> Outcom
     return Outcome(verdict=verdict, version=version, champion=champion, reason=reason)
 
 
-def _approve(fed: Federation, settled: Settled, decision: DecisionInput) -> Outcome:
-    from tier1.governance.promotion import require_promotable
-
+def _ask_policy(fed: Federation, decision: DecisionInput) -> AccessDecision:
+    """Ask whether the approver may decide about the model; the answer is evidence, so a deny does not raise."""
     request = AccessRequest(
         principal=decision.approver,
         action="promote",
         resource=fed.model_resource,
         context={"identity": decision.identity},
     )
-    access = fed.authorizer.decide(request)
+    return fed.authorizer.decide(request)
+
+
+def _approve(fed: Federation, settled: Settled, decision: DecisionInput) -> Outcome:
+    from tier1.governance.promotion import require_promotable
+
+    access = _ask_policy(fed, decision)
     require_promotable(promotion_evidence(fed, settled.version, decision, access))
     _append_decision(fed, settled, decision, access)
     sync_views(fed)
@@ -329,13 +334,7 @@ def _append_decision(fed: Federation, settled: Settled, decision: DecisionInput,
 
 
 def _reject(fed: Federation, settled: Settled, decision: DecisionInput) -> Outcome:
-    request = AccessRequest(
-        principal=decision.approver,
-        action="promote",
-        resource=fed.model_resource,
-        context={"identity": decision.identity},
-    )
-    access = fed.authorizer.decide(request)
+    access = _ask_policy(fed, decision)
     if not access.allowed:
         return _outcome(
             fed,

@@ -7,9 +7,9 @@ from datetime import datetime, timezone
 import structlog
 
 from fednested_lib.errors import ChainConflict
+from fednested_lib.log import UPDATES
 from fednested_lib.snapshot import describe_config, write_state_dict
 from tier1.federation import Federation
-from tier1.versions.cut import TOPIC
 from tier1.versions.manifest import Genesis
 from tier1.versions.state import ChainState
 
@@ -64,7 +64,7 @@ def _genesis(fed: Federation) -> Genesis:
         tokenizer=tokenizer,
         blobs=blobs,
         profile=numeric_profile(),
-        offsets={str(partition): high for partition, (_, high) in fed.log.watermarks(TOPIC).items()},
+        offsets={str(partition): high for partition, (_, high) in fed.log.watermarks(UPDATES).items()},
         trainer=fed.config.identity.principal,
         created_at=now_text(),
     )

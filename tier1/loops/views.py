@@ -13,7 +13,7 @@ import structlog
 
 from fednested_lib.blobs import write_durable
 from fednested_lib.errors import TransportError
-from fednested_lib.events import MAX_SETTLED, UpdatesSettled, sign_event
+from fednested_lib.events import MAX_SETTLED, UpdatesSettled
 from fednested_lib.failpoints import failpoint
 from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput
@@ -23,7 +23,6 @@ from tier1.versions.manifest import Candidate, Genesis, Rejection, Version
 from tier1.versions.state import ChainState, Sealed
 
 log = structlog.get_logger()
-CONTROL = "control.federation_rounds"
 # Refusals whose update id proves nothing: it is not the content's, not its device's, or another federation's.
 UNPROVEN = frozenset({"bad_update_id", "bad_signature", "foreign_federation"})
 
@@ -101,7 +100,7 @@ def _publish_settled(fed: Federation, entries: list[Sealed]) -> None:
             event = UpdatesSettled(
                 federation=federation, chain_seq=sealed.entry.seq, update_ids=ids[start : start + MAX_SETTLED]
             )
-            fed.log.append(CONTROL, key=b"settled", value=event.to_bytes(), headers=sign_event(event, fed.signer))
+            fed.announce(event, key=b"settled")
             failpoint("settled.after_publish")
         log.info("updates.settled", seq=sealed.entry.seq, updates=len(ids))
 

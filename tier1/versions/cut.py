@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 
 from fednested_lib.errors import LogError
-from fednested_lib.log import Record, UpdateLog, records_digest
+from fednested_lib.log import UPDATES, Record, UpdateLog, records_digest
 from tier1.versions.manifest import Cut
 from tier1.versions.state import ChainState
 
-TOPIC = "updates.experts.local"
 POLL_S = 0.2
 
 
@@ -26,7 +25,7 @@ def take_cut(
     min_updates: int,
     max_wait_s: float,
     max_updates: int,
-    topic: str = TOPIC,
+    topic: str = UPDATES,
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Cut:

@@ -15,12 +15,11 @@ import structlog
 from fednested_lib.envelope import HEADER
 from fednested_lib.errors import LogError, PayloadError
 from fednested_lib.failpoints import failpoint
-from fednested_lib.log import Record, UpdateLog
+from fednested_lib.log import QUARANTINE, Record, UpdateLog
 from tier1.versions.manifest import Cut, Refused
 
 log = structlog.get_logger()
 
-TOPIC = "updates.experts.quarantine"
 REASON_HEADER = "fednested-reason"
 DETAIL_HEADER = "fednested-detail"
 SOURCE_HEADER = "fednested-source"
@@ -60,9 +59,9 @@ def _key(topic: str, record: Refused) -> bytes:
 def _recent_keys(update_log: UpdateLog) -> set[bytes]:
     ranges = {
         partition: (max(low, high - _LOOK_BACK), high)
-        for partition, (low, high) in update_log.watermarks(TOPIC).items()
+        for partition, (low, high) in update_log.watermarks(QUARANTINE).items()
     }
-    return {record.key for record in update_log.read(TOPIC, ranges)}
+    return {record.key for record in update_log.read(QUARANTINE, ranges)}
 
 
 def _publish(record: Refused, cut: Cut, update_log: UpdateLog) -> None:
@@ -74,11 +73,11 @@ def _publish(record: Refused, cut: Cut, update_log: UpdateLog) -> None:
         names = [HEADER, *(f"{HEADER}.{i}" for i in range(1, len(envelopes)))]
         try:
             whole = headers | dict(zip(names, envelopes, strict=False))
-            update_log.append(TOPIC, key=key, value=original.value, headers=whole)
+            update_log.append(QUARANTINE, key=key, value=original.value, headers=whole)
             return
         except PayloadError:
             log.warning("quarantine.too_large", partition=record.partition, offset=record.offset)
-    update_log.append(TOPIC, key=key, value=b"", headers=headers)
+    update_log.append(QUARANTINE, key=key, value=b"", headers=headers)
 
 
 def _original(record: Refused, cut: Cut, update_log: UpdateLog) -> Record | None:

@@ -11,7 +11,7 @@ import yaml
 from fednested_lib.errors import ConfigError
 from tests.federation import make_workspace
 from tests.oracle import distances
-from tests.tier1.versions.scene import SETTINGS, Scene, random_delta
+from tests.tier1.versions.scene import SETTINGS, Scene, random_delta, shifted
 from tier1.aggregation import registry
 from tier1.aggregation.gram import Gram
 from tier1.aggregation.registry import choose, origin
@@ -210,20 +210,6 @@ def test_reputation_falls_with_bad_history_and_replays(scene_with):
     assert rows["dan"].weight < rows["ada"].weight
     results = list(replay(scene.chain, archive=scene.archive, genesis=scene.blobs, target=scene.blobs))
     assert [result.verdict for result in results] == ["identical"] * 4
-
-
-def shifted(delta, sign: float, seed: int):
-    """Return ±delta with a little of its own."""
-    rng = np.random.default_rng(seed)
-    factors = {
-        name: type(f)(
-            expert_ids=f.expert_ids,
-            lora_a=f.lora_a,
-            lora_b=(sign * f.lora_b + 0.02 * rng.normal(size=f.lora_b.shape)).astype(np.float32),
-        )
-        for name, f in delta.factors.items()
-    }
-    return type(delta)(spec=delta.spec, factors=factors)
 
 
 def test_nobody_can_spoil_the_name_of_another(scene_with):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from tests.tier1.versions.scene import Scene, random_delta
+from tests.tier1.versions.scene import Scene, random_delta, shifted
 from tier1.aggregation.fold import one_thread
 from tier1.aggregation.gram import Gram, matrix_gram, own_root
 from tier1.aggregation.registry import choose
@@ -236,7 +236,7 @@ def test_update_of_huge_norm_blurs_no_distance(scene_with, rule, factor):
     scene = scene_with(rule)
     common = random_delta(7, size=1.0)
     for i, client in enumerate(CLIENTS):
-        delta = shifted(common, -1.0 if client == "ida" else 1.0, seed=i)
+        delta = shifted(common, -1.0 if client == "ida" else 1.0, seed=i, noise=0.1)
         if client == "ida":
             spec = type(delta.spec)(rank=delta.spec.rank, alpha=delta.spec.alpha * factor)
             delta = type(delta)(spec=spec, factors=delta.factors)
@@ -262,17 +262,3 @@ def scene_with(tmp_path):
         return scene
 
     return make
-
-
-def shifted(delta, sign: float, seed: int):
-    """Return ±delta with a little of its own."""
-    rng = np.random.default_rng(seed)
-    factors = {
-        name: type(f)(
-            expert_ids=f.expert_ids,
-            lora_a=f.lora_a,
-            lora_b=(sign * f.lora_b + 0.1 * rng.normal(size=f.lora_b.shape)).astype(np.float32),
-        )
-        for name, f in delta.factors.items()
-    }
-    return type(delta)(spec=delta.spec, factors=factors)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from fednested_lib.events import UpdatesSettled, verify_event
+from fednested_lib.log import CONTROL
 from tests.federation import Device, make_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
 from tier1.loops.evaluate_and_promote import settle_candidate
-from tier1.loops.views import CONTROL, sync_views
+from tier1.loops.views import sync_views
 
 
 @pytest.fixture

@@ -67,6 +67,20 @@ def random_delta(
     return Delta(spec=AdapterSpec(rank=rank, alpha=alpha), factors=factors)
 
 
+def shifted(delta: Delta, sign: float, seed: int, noise: float = 0.02) -> Delta:
+    """Return ±delta with a little of its own."""
+    rng = np.random.default_rng(seed)
+    factors = {
+        name: ExpertFactors(
+            expert_ids=f.expert_ids,
+            lora_a=f.lora_a,
+            lora_b=(sign * f.lora_b + noise * rng.normal(size=f.lora_b.shape)).astype(np.float32),
+        )
+        for name, f in delta.factors.items()
+    }
+    return Delta(spec=delta.spec, factors=factors)
+
+
 @dataclass
 class Scene:
     """One federation in `home`."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fednested_lib.blobs import BlobStore
+from fednested_lib.log import QUARANTINE
 from tests.tier1.versions.scene import Scene
 from tests.tier1.versions.story import tell
-from tier1.versions.quarantine import TOPIC
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
 
 ROOT = Path(__file__).parents[3]
@@ -49,7 +49,7 @@ def digests(scene: Scene) -> list[str]:
 
 
 def quarantined(scene: Scene) -> set[bytes]:
-    return {record.key for record in scene.log.read(TOPIC, scene.log.watermarks(TOPIC))}
+    return {record.key for record in scene.log.read(QUARANTINE, scene.log.watermarks(QUARANTINE))}
 
 
 def assert_made_good(home: Path, whole: Scene) -> None:

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 from fednested_lib.envelope import HEADER
-from fednested_lib.log import MAX_RECORD_BYTES
+from fednested_lib.log import MAX_RECORD_BYTES, QUARANTINE
 from tests.tier1.versions.scene import LOCAL, Scene, random_delta
-from tier1.versions.quarantine import REASON_HEADER, RECORD_HEADER, TOPIC, publish_refused
+from tier1.versions.quarantine import REASON_HEADER, RECORD_HEADER, publish_refused
 
 
 def settled(scene: Scene):
@@ -16,7 +16,7 @@ def settled(scene: Scene):
 
 
 def quarantined(scene: Scene):
-    return list(scene.log.read(TOPIC, scene.log.watermarks(TOPIC)))
+    return list(scene.log.read(QUARANTINE, scene.log.watermarks(QUARANTINE)))
 
 
 def test_refused_records_keep_their_bytes_and_reason(scene):
