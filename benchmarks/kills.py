@@ -32,13 +32,12 @@ import numpy as np
 from benchmarks.kills_roles import CLIENTS, device_config
 from benchmarks.results import ROOT
 from fednested_lib.blobs import BlobStore
-from fednested_lib.kafka_log import KafkaLog
+from fednested_lib.log import UPDATES, KafkaLog
 from fednested_lib.outbox import Outbox
 from fednested_lib.snapshot import SLICE_TENSOR, SnapshotManifest, encode_blob, expert_shapes, slice_key
 from services.embedded import EmbeddedBroker
 from tier1.federation import Federation, open_federation
 from tier1.versions.commit import utc_now
-from tier1.versions.cut import TOPIC
 from tier1.versions.manifest import Genesis, NumericProfile
 from tier1.versions.replay import replay, verify_log
 from tier1.workspace import create_workspace, load_or_create_key
@@ -179,7 +178,7 @@ def _genesis(fed: Federation) -> Genesis:
         blobs=blobs,
         profile=NumericProfile(torch="none", instruction_set="none"),
         trainer=fed.config.identity.principal,
-        offsets={str(partition): high for partition, (_, high) in fed.log.watermarks(TOPIC).items()},
+        offsets={str(partition): high for partition, (_, high) in fed.log.watermarks(UPDATES).items()},
         created_at=utc_now(),
     )
 
@@ -232,7 +231,7 @@ class _Driver:
 
     def _send_garbage(self) -> None:
         log = KafkaLog(self.bootstrap)
-        log.append(TOPIC, key=b"mallory", value=b"garbage", headers={})
+        log.append(UPDATES, key=b"mallory", value=b"garbage", headers={})
         log.close()
 
     def _aim(self, role: str) -> str:
