@@ -455,20 +455,20 @@ def test_sends_again_what_is_not_settled_when_tier_1_asks(world):
     assert [each.to_bytes() for each in world.envelopes()] == [each.to_bytes() for each in (first, second, second)]
 
 
-@pytest.mark.parametrize("name", ["test", "another cluster"])
-def test_a_control_topic_that_was_lost_is_read_from_its_beginning(world, name):
-    """A running device misses nothing on a topic that came back empty, under its old name or a new one."""
+@pytest.mark.parametrize(("name", "more"), [("test", 0), ("another cluster", 5)])
+def test_a_control_topic_that_was_lost_is_read_from_its_beginning(world, name, more):
+    """A running device misses nothing on a topic that came back shorter, or as another one that has grown since."""
     for version in range(3):
         world.publish(version)
-    config = world.config(training={"max_updates": 9})
-    device = _beside(config, world.log)
+    device = _beside(world.config(training={"max_updates": 9}), world.log)
     _eventually(lambda: len(world.records()) == 1)
-    old = world.log
-    with old._lock:
-        fresh = InMemoryLog(name=name)
-        fresh.create_topics(TOPICS)
-        old._records, old._low, old.name = fresh._records, fresh._low, name
+    old, world.log = world.log, InMemoryLog(name=name)
+    world.log.create_topics(TOPICS)
     world.tell(FederationEnd(federation="fednested", chain_seq=2))
+    for _ in range(more):
+        world.tell(FederationEnd(federation="other", chain_seq=2))
+    with old._lock:
+        old._records, old._low, old.name = world.log._records, world.log._low, name
     device.join(20)
     assert not device.is_alive()
 

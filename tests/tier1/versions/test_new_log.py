@@ -77,7 +77,7 @@ def test_cuts_go_on_at_the_first_record_that_was_not_consumed(consumed, kept):
 
 
 def test_the_same_records_at_the_same_offsets_are_another_input(consumed):
-    """A device that sends again may restore the lost end to the byte: spent as duplicates, not taken for the old cut."""
+    """Devices that send again may restore the lost end to the byte: duplicates, and not taken for the old cut."""
     old = records(consumed)
     come_back(consumed, old[:2])
     accept(consumed)
