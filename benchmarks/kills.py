@@ -100,16 +100,21 @@ class Campaign:
     versions: int = 0
     duplicates: int = 0
 
+    def killed_at(self, role: str, name: str) -> int:
+        """Return how often a process of `role` died at the failpoint `name`."""
+        return sum(kill.role == role and kill.aim.partition(":")[0] == name for kill in self.kills)
+
     @property
-    def covered(self) -> float:
-        """Percentage of the named failpoints of every role at which a process died."""
-        points = {(kill.role, kill.aim.partition(":")[0]) for kill in self.kills if kill.aim != RANDOM}
-        return 100 * len(points) / sum(map(len, FAILPOINTS.values()))
+    def missed(self) -> list[str]:
+        """Named failpoints at which no process died."""
+        return [
+            f"{role} {name}" for role, names in FAILPOINTS.items() for name in names if not self.killed_at(role, name)
+        ]
 
     def __str__(self) -> str:
         kills = Counter((kill.role, "random" if kill.aim == RANDOM else "named") for kill in self.kills)
         lines = [
-            f"seed {self.seed}: {len(self.kills)} kills, {self.covered:g} % of failpoints",
+            f"seed {self.seed}: {len(self.kills)} kills; failpoints that none hit: {', '.join(self.missed) or 'none'}",
             *(f"  {role}: {count} {aim}" for (role, aim), count in sorted(kills.items())),
             *(
                 f"  {role}: recovery median {median(times):.2f} s, largest {max(times):.2f} s, {len(times)} times"
@@ -192,7 +197,6 @@ class _Driver:
         self.targets = dict.fromkeys(CLIENTS, 0)
         self._rng = random.Random(seed)
         self._turn = itertools.cycle(CLIENTS)
-        self._aimed: Counter[tuple[str, str]] = Counter()
         self._passed: dict[str, Counter[str]] = {role: Counter() for role in FAILPOINTS}
         self._length_s = dict.fromkeys(FAILPOINTS, 0.3)
 
@@ -235,9 +239,8 @@ class _Driver:
         log.close()
 
     def _aim(self, role: str) -> str:
-        """Choose the failpoint that was aimed at least, and one of the times that this role passes it."""
-        name = min(FAILPOINTS[role], key=lambda each: self._aimed[role, each])
-        self._aimed[role, name] += 1
+        """Choose a failpoint that was hit least, and one of the times that this role passes it."""
+        name = min(FAILPOINTS[role], key=lambda each: (self.campaign.killed_at(role, each), self._rng.random()))
         return f"{name}:{self._rng.randint(1, max(1, self._passed[role][name]))}"
 
     def _run(self, role: str, arguments: tuple[str, ...], aim: str) -> _Run:
