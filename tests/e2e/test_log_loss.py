@@ -157,7 +157,8 @@ def test_reused_offsets_are_a_named_stop_and_heal_by_resends(world, tmp_path):
         world.append(client, 2 * PER_TURN)
     stopped(world, "re-used offsets.*accept-log")
     accept_log(open_federation(world.config), "the broker's disk was put back")
-    assert heal(world) == {"duplicate": PER_TURN, "bad_envelope": 3 * 2 * PER_TURN}
+    # bob's receipts were lost; cat's updates are on this log and are sent again before they are consumed
+    assert heal(world) == {"duplicate": 2 * PER_TURN, "bad_envelope": 3 * 2 * PER_TURN}
     check(world, tmp_path)
 
 
