@@ -32,6 +32,7 @@ from fednested_lib.errors import ContractError, SnapshotError, StorageError, Tra
 from fednested_lib.events import (
     FederationEnd,
     ModelAvailable,
+    ResendUnsettled,
     TrainingTelemetry,
     UpdatesSettled,
     sign_event,
@@ -54,7 +55,10 @@ _log = structlog.get_logger(__name__)
 
 
 class State(BaseModel):
-    """What a device remembers in `state.json`: its number, its place in its text, its model, its job."""
+    """What a device remembers in `state.json`: its number, its place in its text, its model, its job.
+
+    `resent_seq` is the position of the chain entry for which it last sent everything again.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -63,6 +67,7 @@ class State(BaseModel):
     model: Model | None = None
     updates_on_model: int = Field(default=0, ge=0)
     job: Job | None = None
+    resent_seq: int = Field(default=0, ge=0)
 
 
 def load_state(path: Path) -> State:
@@ -114,6 +119,7 @@ class Client:
         self.spool = Spool(config.home / "spool")
         self.trainer = LocalTrainer(config, self.blobs, self.spool)
         self.state = load_state(config.home / "state.json")
+        self._control_log = ""
         self._control_offset = 0
         self._announced: ModelAvailable | None = None
         self._ended: FederationEnd | None = None
@@ -151,8 +157,10 @@ class Client:
             TransportError: the log or the blob store does not answer.
             SnapshotError: the published snapshot is broken at its source.
         """
-        low, high = self.log.watermarks(CONTROL)[0]
-        start = min(max(self._control_offset, low), high)
+        identity, (low, high) = self.log.identity(CONTROL), self.log.watermarks(CONTROL)[0]
+        if identity != self._control_log or high < self._control_offset:  # another topic: nothing of it was read yet
+            self._control_log, self._control_offset = identity, low
+        start = max(self._control_offset, low)
         for record in self.log.read(CONTROL, {0: (start, high)}) if start < high else ():
             self._obey(record.value, dict(record.headers))
         self._control_offset = high
@@ -171,10 +179,22 @@ class Client:
             _log.warning("control.ignored", reason="foreign_federation", federation=event.federation)
         elif isinstance(event, UpdatesSettled):
             self.outbox.confirm(event.update_ids)
+        elif isinstance(event, ResendUnsettled):
+            self._send_again(event)
         elif isinstance(event, FederationEnd) and self._is_current(event):
             self._ended = event
         elif isinstance(event, ModelAvailable) and self._is_current(event):
             self._announced, self._ended = event, None
+
+    def _send_again(self, event: ResendUnsettled) -> None:
+        """Queue everything that was sent and is not settled, once per event; a crash between only repeats it."""
+        if event.chain_seq <= self.state.resent_seq:
+            return
+        late = [item.update_id for item in self.outbox.unconfirmed()]
+        self.outbox.send_again(late)
+        failpoint("client.after_send_again")
+        self._save(resent_seq=event.chain_seq)
+        _log.info("client.sends_again", updates=len(late), chain_seq=event.chain_seq)
 
     def _is_current(self, event: FederationEnd | ModelAvailable) -> bool:
         """Tell whether an event is as new as the model held or announced; an older one was sent again by somebody."""

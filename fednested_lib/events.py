@@ -55,6 +55,13 @@ class UpdatesSettled(_Event):
     update_ids: Annotated[list[Digest], Field(min_length=1, max_length=MAX_SETTLED)]
 
 
+class ResendUnsettled(_Event):
+    """Tier 1 goes on with a log that lost records: what a device sent and no settlement names is to be sent again."""
+
+    event: Literal["resend_unsettled"] = "resend_unsettled"
+    chain_seq: int = Field(ge=0)
+
+
 class TrainingTelemetry(_Event):
     """What a device tells about one local training: numbers only."""
 
@@ -69,7 +76,9 @@ class TrainingTelemetry(_Event):
     payload_bytes: int = Field(ge=0)
 
 
-Event = Annotated[ModelAvailable | FederationEnd | UpdatesSettled | TrainingTelemetry, Field(discriminator="event")]
+Event = Annotated[
+    ModelAvailable | FederationEnd | UpdatesSettled | ResendUnsettled | TrainingTelemetry, Field(discriminator="event")
+]
 _ADAPTER: TypeAdapter = TypeAdapter(Event)
 
 

@@ -208,6 +208,26 @@ def verify(config: Path = CONFIG) -> None:
         typer.echo(line)
 
 
+@app.command("accept-log")
+def accept_log(
+    config: Path = CONFIG,
+    reason: str = typer.Option(..., help="why the lost records will not come back; one line"),
+) -> None:
+    """Go on with an update log that lost or re-used offsets, or with another one; devices send again."""
+    from tier1.federation import open_federation
+    from tier1.loops import accept_log as loop
+    from tier1.versions.new_log import lost_ranges
+
+    accepted = loop.accept_log(open_federation(config), reason)
+    lost = ", ".join(f"{partition}:[{start}, {end})" for partition, (start, end) in lost_ranges(accepted).items())
+    places = ", ".join(f"{partition}:{offset}" for partition, offset in sorted(accepted.offsets.items()))
+    typer.echo(
+        f"log generation {accepted.generation} ({accepted.log_id}) accepted: cuts of {accepted.topic} go on at "
+        f"{places}; consumed and no longer in the log: {lost or 'nothing'}; devices are asked to send again; run "
+        "`fednested tier1 broadcast` if the control topic was lost as well"
+    )
+
+
 @app.command("status")
 def status(config: Path = CONFIG) -> None:
     """Print the chain: head, champion, versions and what became of them."""

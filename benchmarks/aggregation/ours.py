@@ -24,9 +24,9 @@ from fednested_lib.blobs import BlobStore
 from fednested_lib.config import ExportPolicyConfig
 from fednested_lib.delta import Delta, Encoding
 from fednested_lib.envelope import INLINE_LIMIT_BYTES, AdapterFields, Envelope, make_envelope
-from fednested_lib.log import TOPICS, UpdateLog
+from fednested_lib.log import TOPICS, UPDATES, UpdateLog
 from fednested_lib.outbox import Outbox, drain
-from fednested_lib.sidecar import TOPIC, make_update
+from fednested_lib.sidecar import make_update
 from fednested_lib.signing import Signer, sha256_hex
 from fednested_lib.snapshot import SLICE_TENSOR, encode_blob, read_slice, slice_key
 from fednested_lib.spool import Declaration
@@ -105,7 +105,7 @@ class Federation:
             encoding: of their payloads.
             beside: updates that somebody else has made, sent with these.
         """
-        starts = {str(partition): high for partition, (_, high) in self.log.watermarks(TOPIC).items()}
+        starts = {str(partition): high for partition, (_, high) in self.log.watermarks(UPDATES).items()}
         state = replace(self.state, offsets=starts, claims={})
         seconds: dict[str, float] = {}
         mark = time.perf_counter()
@@ -222,7 +222,7 @@ class Federation:
         self.outboxes[envelope.client_id].put(
             sequence=envelope.sequence,
             update_id=envelope.update_id,
-            topic=TOPIC,
+            topic=UPDATES,
             key=envelope.client_id.encode(),
             payload=payload,
             envelope=envelope.to_bytes(),

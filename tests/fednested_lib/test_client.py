@@ -20,7 +20,14 @@ from fednested_lib.config import Tier2Config
 from fednested_lib.delta import decode
 from fednested_lib.envelope import HEADER, parse_envelope, verify_envelope
 from fednested_lib.errors import DataError, SnapshotError, StorageError, TrainingError, TransportError
-from fednested_lib.events import FederationEnd, ModelAvailable, UpdatesSettled, parse_event, sign_event
+from fednested_lib.events import (
+    FederationEnd,
+    ModelAvailable,
+    ResendUnsettled,
+    UpdatesSettled,
+    parse_event,
+    sign_event,
+)
 from fednested_lib.log import CONTROL, TELEMETRY, TOPICS, UPDATES, InMemoryLog
 from fednested_lib.signing import Signer
 from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
@@ -429,6 +436,41 @@ def test_a_kill_anywhere_changes_no_byte(world):
         run(config, log=world.clone_log())
         assert _outbox(config) == expected, failpoint
         assert not list((config.home / "spool").glob("*")), failpoint
+
+
+def test_sends_again_what_is_not_settled_when_tier_1_asks(world):
+    """Asked once, it sends the unsettled update once more, byte by byte, the settled one not; a repeat does nothing."""
+    world.publish(0)
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    run(config, log=world.log)
+    first, second = world.envelopes()
+    world.tell(UpdatesSettled(federation="fednested", chain_seq=1, update_ids=[first.update_id]))
+    world.tell(ResendUnsettled(federation="other", chain_seq=1))
+    world.tell(ResendUnsettled(federation="fednested", chain_seq=2), signer=DEVICE)
+    run(config, log=world.log)
+    assert len(world.records()) == 2
+    world.tell(ResendUnsettled(federation="fednested", chain_seq=2))
+    for _ in range(2):  # the second start reads the topic from its beginning
+        run(config, log=world.log)
+    assert [each.to_bytes() for each in world.envelopes()] == [each.to_bytes() for each in (first, second, second)]
+
+
+@pytest.mark.parametrize(("name", "more"), [("test", 0), ("another cluster", 5)])
+def test_a_control_topic_that_was_lost_is_read_from_its_beginning(world, name, more):
+    """A running device misses nothing on a topic that came back shorter, or as another one that has grown since."""
+    for version in range(3):
+        world.publish(version)
+    device = _beside(world.config(training={"max_updates": 9}), world.log)
+    _eventually(lambda: len(world.records()) == 1)
+    old, world.log = world.log, InMemoryLog(name=name)
+    world.log.create_topics(TOPICS)
+    world.tell(FederationEnd(federation="fednested", chain_seq=2))
+    for _ in range(more):
+        world.tell(FederationEnd(federation="other", chain_seq=2))
+    with old._lock:
+        old._records, old._low, old.name = world.log._records, world.log._low, name
+    device.join(20)
+    assert not device.is_alive()
 
 
 def test_what_is_in_the_outbox_is_never_made_again(world):

@@ -25,7 +25,6 @@ from fednested_lib.blobs import create_exclusive, write_durable
 from fednested_lib.errors import ConfigError, DataError, TrainingError
 from fednested_lib.signing import canonical_json, sha256_hex
 from fednested_lib.text import end_of_text_id, load_tokenizer, pack, read_texts
-from fednested_lib.training import mean_loss
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,6 +157,8 @@ def pack_suite(path: Path, tokenizer: bytes, *, seq_len: int, max_tokens: int) -
 
 def measure(model: nn.Module, suite: PackedSuite) -> SuiteResult:
     """Measure a model on one packed suite; a loss that is not finite is NaN, which the gate fails."""
+    from fednested_lib.training import mean_loss
+
     try:
         nats, n_tokens = mean_loss(model, suite.tokens, BATCH_ROWS)
     except TrainingError:

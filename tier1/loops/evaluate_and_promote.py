@@ -54,7 +54,7 @@ def newest_candidate(fed: Federation) -> CandidateRef:
         for digest in newest_first(fed.home):
             candidate = load_candidate(fed.home, digest)
             name, cut = candidate.inputs.id(), candidate.inputs.cut
-            if name in pending or (name not in state.spent and (cut is None or continues(state.offsets, cut))):
+            if name in pending or (name not in state.spent and (cut is None or continues(state, cut))):
                 return _reference(digest, candidate)
     return CandidateRef(digest="", parent_version=-1, n_accepted=0, n_refused=0)
 

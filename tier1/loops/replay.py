@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 
 from fednested_lib.blobs import BlobStore
@@ -91,8 +92,11 @@ def verify_all(fed: Federation) -> Iterator[str]:
     yield from check_end(fed)
     yield f"archive: {verify_archive(fed.chain, fed.archive)} archived inputs (envelopes, payloads, delta slices) hold"
     checks = verify_log(fed.chain, fed.log)
-    same = sum(check.status == "same" for check in checks)
-    yield f"log: {same} of {len(checks)} cuts are still there and unchanged, {len(checks) - same} expired"
+    count = Counter(check.status for check in checks)
+    yield (
+        f"log: {count['same']} of {len(checks)} cuts are still there and unchanged, {count['expired']} expired, "
+        f"{count['replaced']} of a log that was given up"
+    )
     problems = verify_blobs(fed.chain.state(), fed.blobs)
     if problems:
         first = problems[0]

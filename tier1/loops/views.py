@@ -13,13 +13,13 @@ import structlog
 
 from fednested_lib.blobs import write_durable
 from fednested_lib.errors import TransportError
-from fednested_lib.events import MAX_SETTLED, UpdatesSettled
+from fednested_lib.events import MAX_SETTLED, ResendUnsettled, UpdatesSettled
 from fednested_lib.failpoints import failpoint
 from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput
 from tier1.governance.ports import AccessDecision, ModelVersion, Registered, RegistryState
 from tier1.governance.registry import repair_from_chain
-from tier1.versions.manifest import Candidate, Genesis, Rejection, Version
+from tier1.versions.manifest import Candidate, Genesis, LogAccepted, Rejection, Version
 from tier1.versions.state import ChainState, Sealed
 
 log = structlog.get_logger()
@@ -33,11 +33,21 @@ def sync_views(fed: Federation) -> None:
     Raises:
         TransportError: a server does not answer; the chain is unharmed, the next call repairs.
     """
+    publish_outcomes(fed)
+    repair_from_chain(fed.registry, lambda: registry_state(fed))
+    _record_versions(fed, fed.chain.entries())
+
+
+def publish_outcomes(fed: Federation) -> None:
+    """Bring the views on the log up to date: refused records in quarantine, devices told what is settled or lost.
+
+    Raises:
+        TransportError: the log does not answer; the next call repairs.
+    """
     entries = fed.chain.entries()
     _publish_quarantine(fed, entries)
     _publish_settled(fed, entries)
-    repair_from_chain(fed.registry, lambda: registry_state(fed))
-    _record_versions(fed, entries)
+    _ask_again(fed, entries)
 
 
 def registry_state(fed: Federation) -> RegistryState:
@@ -96,6 +106,18 @@ def _publish_settled(fed: Federation, entries: list[Sealed]) -> None:
         log.info("updates.settled", seq=sealed.entry.seq, updates=len(ids))
 
     _for_new_cuts(fed, entries, "settled", publish)
+
+
+def _ask_again(fed: Federation, entries: list[Sealed]) -> None:
+    """Ask devices to send again what is not settled, for the newest log that an operator accepted; at least once."""
+    accepted = [sealed.entry.seq for sealed in entries if isinstance(sealed.entry.body, LogAccepted)]
+    mark = fed.home / "asked-again"
+    if not accepted or (mark.exists() and int(mark.read_text()) >= accepted[-1]):
+        return
+    event = ResendUnsettled(federation=fed.chain.state().federation, chain_seq=accepted[-1])
+    fed.announce(event, key=b"resend")
+    failpoint("resend.after_publish")
+    write_durable(mark, str(accepted[-1]).encode())
 
 
 def settled_ids(candidate: Candidate) -> Iterator[str]:

@@ -169,11 +169,11 @@ def _settled(candidate: Candidate, chain: Chain, state: ChainState) -> Settlemen
     cut = candidate.inputs.cut
     if cut is None or _is_pending(candidate, state):
         return None
-    if not continues(state.offsets, cut):
+    if not continues(state, cut):
         starts = {partition: start for partition, (start, _) in cut.ranges.items()}
         raise ChainConflict(
-            f"cut of {cut.topic} starts at {starts}, but the chain has consumed up to {dict(state.offsets)}: another "
-            "committer was first; take a new cut"
+            f"cut of {cut.topic} starts at {starts} of log generation {cut.generation}, but the chain has consumed up "
+            f"to {dict(state.offsets)} of generation {state.generation}: another committer was first; take a new cut"
         )
     if cut.n_records == 0:
         return Settlement(outcome="nothing", sealed=None, candidate=candidate)

@@ -2,7 +2,7 @@
 
 A cut is a half-open offset range per partition, bound to the log it was read from (identity and a digest over the
 record digests). It starts where the chain's offsets end; no consumer-group commit has a say. So a log that lost records
-or re-used offsets is a named stop, never a silently different version.
+or re-used offsets is a named stop, never a silently different version; `new_log` says how to go on from there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tier1.versions.manifest import Cut
 from tier1.versions.state import ChainState
 
 POLL_S = 0.2
+ACCEPT = "; if what it lost is gone for good, `fednested tier1 accept-log` goes on and devices send again"
 
 
 def take_cut(
@@ -49,10 +50,10 @@ def take_cut(
         TransportError: the log does not answer.
     """
     log_id = log.identity(topic)
-    if state.last_cut is not None and (state.last_cut.topic, state.last_cut.log_id) != (topic, log_id):
+    if state.log is not None and state.log != (topic, log_id):
         raise LogError(
-            f"the last cut was taken from {state.last_cut.topic} of log {state.last_cut.log_id}, this one is {log_id}: "
-            "connect the log that the chain has consumed"
+            f"the last cut was taken from {state.log[0]} of log {state.log[1]}, this one is {log_id}: "
+            f"connect the log that the chain has consumed{ACCEPT}"
         )
     deadline = now() + max_wait_s
     while True:
@@ -70,6 +71,7 @@ def take_cut(
         ranges=ranges,
         records_digest=records_digest(records),
         n_records=sum(end - start for start, end in ranges.values()),
+        generation=state.generation,
     )
 
 
@@ -82,14 +84,14 @@ def read_cut(log: UpdateLog, cut: Cut) -> list[Record]:
     log_id = log.identity(cut.topic)
     if log_id != cut.log_id:
         raise LogError(
-            f"cut of {cut.topic} was taken from log {cut.log_id}, this one is {log_id}: connect the right log"
+            f"cut of {cut.topic} was taken from log {cut.log_id}, this one is {log_id}: connect the right log{ACCEPT}"
         )
     records = list(log.read(cut.topic, {int(partition): tuple(bounds) for partition, bounds in cut.ranges.items()}))
     digest = records_digest(records)
     if digest != cut.records_digest or len(records) != cut.n_records:
         raise LogError(
             f"records {_text(cut.ranges)} of {cut.topic} have digest {digest}, the cut names {cut.records_digest}: "
-            "the log was altered or re-used offsets; restore it"
+            f"the log was altered or re-used offsets; restore it{ACCEPT}"
         )
     return records
 
@@ -106,12 +108,12 @@ def _available(log: UpdateLog, state: ChainState, topic: str) -> dict[str, tuple
         if high < start:
             raise LogError(
                 f"{topic}[{partition}] ends at offset {high}, but the chain has consumed up to {start}: watermarks "
-                "went backwards; restore the log or connect the right one"
+                f"went backwards; restore the log or connect the right one{ACCEPT}"
             )
         if low > start:
             raise LogError(
                 f"{topic}[{partition}] begins at offset {low}, but offsets {start}..{low - 1} were never consumed: "
-                "retention removed them; restore them, and raise the topic's retention"
+                f"retention removed them; restore them, and raise the topic's retention{ACCEPT}"
             )
         available[str(partition)] = (start, high)
     return available
@@ -127,7 +129,7 @@ def _check_last_records(log: UpdateLog, state: ChainState, topic: str) -> None:
             if record.digest != digest:
                 raise LogError(
                     f"{topic}[{partition}] offset {offset} has record digest {record.digest}, the chain consumed "
-                    f"{digest}: the log re-used offsets; restore it or connect the right one"
+                    f"{digest}: the log re-used offsets; restore it or connect the right one{ACCEPT}"
                 )
 
 

@@ -3,13 +3,14 @@
     version_{n+1} = F(chain_{≤n}, inputs_n, config)
 
 The chain is a sequence of signed entries `chain/<seq>.json`; `prev` is the SHA-256 of the previous file's bytes, so an
-entry cannot be altered, removed or re-ordered without breaking the rest. Four kinds:
+entry cannot be altered, removed or re-ordered without breaking the rest. Five kinds:
 
 - `genesis`    the first snapshot, version 0;
 - `version`    head advanced: parent, inputs, every accepted update with its weight, every refused one with its reason,
                the recorded tries, and the digest of every resulting blob;
 - `rejection`  inputs that the automatic gate refused for good: spent, never folded, no version number;
-- `decision`   a person (or nobody verified) approved or rejected a version.
+- `decision`   a person (or nobody verified) approved or rejected a version;
+- `log`        an operator accepted a log that lost or re-used offsets, or another one, and from where cuts go on.
 
 Head and champion are derived from these (`chain.ChainState`); no other place knows them.
 """
@@ -31,7 +32,7 @@ PublicKey = Annotated[str, Field(pattern=HEX64)]
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
 
-class Cut(Document):
+class Cut(GrownDocument):
     """Half-open offset ranges of one topic, bound to the log they were read from.
 
     Args:
@@ -40,13 +41,18 @@ class Cut(Document):
         ranges: partition → (start, end), end exclusive.
         records_digest: digest over the record digests in partition and offset order.
         n_records: number of records in the ranges.
+        generation: how many times an operator had accepted another log; offsets of two generations say nothing about
+            each other.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"generation"})
 
     topic: str
     log_id: str
     ranges: dict[str, tuple[int, int]]
     records_digest: Digest
     n_records: int = Field(ge=0)
+    generation: int = Field(default=0, ge=0)
 
 
 class Accepted(GrownDocument):
@@ -263,7 +269,25 @@ class Decision(Document):
     created_at: str
 
 
-Body = Annotated[Genesis | Version | Rejection | Decision, Field(discriminator="kind")]
+class LogAccepted(Document):
+    """The update log as it is now is accepted: cuts go on at `offsets`, from `generation` on.
+
+    Of what the chain consumed, the log no longer answers for [offsets, consumed) of each partition; the archive does.
+    """
+
+    kind: Literal["log"] = "log"
+    generation: int = Field(ge=1)
+    topic: str
+    log_id: str
+    offsets: Offsets
+    consumed: Offsets  # where the chain stood in the log before
+    operator: Name
+    authorisation: str
+    reason: Annotated[str, Field(max_length=400)]
+    created_at: str
+
+
+Body = Annotated[Genesis | Version | Rejection | Decision | LogAccepted, Field(discriminator="kind")]
 
 
 class Entry(Document):

@@ -1,9 +1,9 @@
 """Refused records, kept with their reason on `updates.experts.quarantine`.
 
 The manifest records every refusal; this topic keeps the bytes, so that nothing is lost when the source topic's
-retention passes. A quarantined record has the key `<topic>/<partition>/<offset>` of its source, the original value and
-envelope, and the reason as headers. Delivery is at least once: a crash may repeat a record, never lose one; readers
-dedupe by key.
+retention passes. A quarantined record has the key `<topic>/<partition>/<offset>` of its source (and the generation of
+the log, after an operator accepted another one), the original value and envelope, and the reason as headers. Delivery
+is at least once: a crash may repeat a record, never lose one; readers dedupe by key.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def publish_refused(refused: Sequence[Refused], cut: Cut, update_log: UpdateLog)
     if not refused:
         return 0
     there = _recent_keys(update_log)
-    missing = [record for record in refused if _key(cut.topic, record) not in there]
+    missing = [record for record in refused if _key(cut, record) not in there]
     for record in missing:
         _publish(record, cut, update_log)
         failpoint("quarantine.after_publish")
@@ -52,8 +52,9 @@ def publish_refused(refused: Sequence[Refused], cut: Cut, update_log: UpdateLog)
     return len(missing)
 
 
-def _key(topic: str, record: Refused) -> bytes:
-    return f"{topic}/{record.partition}/{record.offset}".encode()
+def _key(cut: Cut, record: Refused) -> bytes:
+    generation = f"/{cut.generation}" if cut.generation else ""
+    return f"{cut.topic}/{record.partition}/{record.offset}{generation}".encode()
 
 
 def _recent_keys(update_log: UpdateLog) -> set[bytes]:
@@ -65,7 +66,7 @@ def _recent_keys(update_log: UpdateLog) -> set[bytes]:
 
 
 def _publish(record: Refused, cut: Cut, update_log: UpdateLog) -> None:
-    key, headers = _key(cut.topic, record), _headers(record, cut)
+    key, headers = _key(cut, record), _headers(record, cut)
     original = _original(record, cut, update_log)
     if original is not None:
         envelopes = [value for name, value in original.headers if name == HEADER]

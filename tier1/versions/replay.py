@@ -59,10 +59,13 @@ class Replayed:
 
 @dataclass(frozen=True, kw_only=True)
 class LogCheck:
-    """Whether the log still holds what an entry consumed: `same`, or `expired` by retention."""
+    """Whether the log still holds what an entry consumed: `same`, `expired` by retention, or `replaced`.
+
+    Replaced: the cut is of a generation of the log that an operator gave up; its records are in the archive alone.
+    """
 
     entry: str
-    status: Literal["same", "expired"]
+    status: Literal["same", "expired", "replaced"]
     n_records: int
 
 
@@ -131,10 +134,13 @@ def verify_log(chain: Chain, log: UpdateLog) -> list[LogCheck]:
         LogError: the log is another one, or its records are not those that were consumed.
         ChainCorrupt: a record is not the one that its manifest row names.
     """
-    checks = []
+    checks, generation = [], chain.state().generation
     for sealed in _folds(chain.entries()):
         cut = sealed.entry.body.candidate.inputs.cut
         if cut is None:
+            continue
+        if cut.generation < generation:
+            checks.append(LogCheck(entry=sealed.name, status="replaced", n_records=cut.n_records))
             continue
         lows = {str(partition): low for partition, (low, _) in log.watermarks(cut.topic).items()}
         if any(start < end and start < lows.get(partition, 0) for partition, (start, end) in cut.ranges.items()):

@@ -8,6 +8,9 @@ Inputs are spent by the entry that consumed them: a version, an automatic reject
 Inputs of a version that is voided only because an ancestor was rejected are *pending*: they are folded again, on what
 is head then, as a version with a new number. While they are pending, their updates count as not seen.
 
+A log that an operator accepted in place of one that lost records is a new *generation*: offsets go on where that entry
+says, claims stay, so what devices send again is either new or a duplicate.
+
 `derive` also checks what a signature cannot: that every version is built on the head of its time, that offsets continue
 where they ended, that nothing is consumed twice. So a chain that derives has every update in it exactly once.
 """
@@ -18,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from fednested_lib.errors import ChainCorrupt
 from fednested_lib.snapshot import SnapshotManifest
@@ -31,6 +34,7 @@ from tier1.versions.manifest import (
     Entry,
     Genesis,
     Inputs,
+    LogAccepted,
     Refused,
     Rejection,
     Version,
@@ -133,7 +137,9 @@ class ChainState:
         rejected: versions that a person rejected.
         approved: versions that were approved.
         offsets: partition → next offset of the device topic to consume.
-        last_cut: the newest cut, and the record digest at the end of each partition.
+        log: (topic, identity) of the log that cuts are taken from; None before the first.
+        generation: how many times an operator accepted another log.
+        records: partition → offset → digest of every record that was consumed from this log.
         claims: (client, key epoch, sequence) → id of the update that was folded or spent.
         spent: inputs id → position of the entry that consumed them.
         pending: voided versions whose inputs are to be folded again, oldest first.
@@ -147,8 +153,9 @@ class ChainState:
     rejected: frozenset[int]
     approved: frozenset[int]
     offsets: Mapping[str, int]
-    last_cut: Cut | None
-    last_records: Mapping[str, tuple[int, str]]
+    log: tuple[str, str] | None
+    generation: int
+    records: Mapping[str, Mapping[int, str]] = field(repr=False)
     claims: Mapping[Claim, str]
     spent: Mapping[str, int]
     pending: tuple[Sealed, ...]
@@ -157,6 +164,16 @@ class ChainState:
     def next_seq(self) -> int:
         """Position of the entry to be appended."""
         return self.seq + 1
+
+    @property
+    def last_records(self) -> dict[str, tuple[int, str]]:
+        """Partition → offset and digest of the last record that was consumed from it."""
+        ends = {partition: end - 1 for partition, end in self.offsets.items()}
+        return {
+            partition: (offset, self.records[partition][offset])
+            for partition, offset in ends.items()
+            if offset in self.records.get(partition, {})
+        }
 
     @property
     def head(self) -> VersionView:
@@ -198,8 +215,9 @@ class _Ledger:
         self.rejected: set[int] = set()
         self.approved: set[int] = set()
         self.offsets: dict[str, int] = {}
-        self.last_cut: Cut | None = None
-        self.last_records: dict[str, tuple[int, str]] = {}
+        self.log: tuple[str, str] | None = None
+        self.generation = 0
+        self.records: dict[str, dict[int, str]] = {}
         self.claims: dict[Claim, str] = {}
         self.spent: dict[str, int] = {}
         self.pending: dict[str, Sealed] = {}
@@ -213,6 +231,8 @@ class _Ledger:
             self._add(sealed, body.version, body, None)
         elif isinstance(body, Decision):
             self._decide(sealed, body)
+        elif isinstance(body, LogAccepted):
+            self._accept_log(sealed, body)
         else:
             self._consume(sealed, body)
         self.last = sealed
@@ -228,8 +248,9 @@ class _Ledger:
             rejected=frozenset(self.rejected),
             approved=frozenset(self.approved),
             offsets=dict(self.offsets),
-            last_cut=self.last_cut,
-            last_records=dict(self.last_records),
+            log=self.log,
+            generation=self.generation,
+            records={partition: dict(digests) for partition, digests in self.records.items()},
             claims=dict(self.claims),
             spent=dict(self.spent),
             pending=tuple(sorted(self.pending.values(), key=lambda sealed: sealed.entry.seq)),
@@ -268,11 +289,15 @@ class _Ledger:
         if name in self.spent:
             raise _contradiction(sealed, f"consumes the inputs of {file_name(self.spent[name])} again")
         if name not in self.pending and inputs.cut is not None:
-            if not continues(self.offsets, inputs.cut):
+            if not continues(self, inputs.cut):
                 where = {partition: start for partition, (start, _) in inputs.cut.ranges.items()}
-                raise _contradiction(sealed, f"consumes from {where}, but the chain has consumed up to {self.offsets}")
+                raise _contradiction(
+                    sealed,
+                    f"consumes from {where} of log generation {inputs.cut.generation}, but the chain has consumed up "
+                    f"to {self.offsets} of generation {self.generation}",
+                )
             self.offsets = offsets_after(self.offsets, inputs.cut)
-            self.last_cut = inputs.cut
+            self.log = (inputs.cut.topic, inputs.cut.log_id)
         self.pending.pop(name, None)
         self.spent[name] = sealed.entry.seq
 
@@ -282,10 +307,25 @@ class _Ledger:
             if claim in self.claims:
                 raise _contradiction(sealed, f"accepts sequence {update.sequence} of {update.client_id} a second time")
             self.claims[claim] = update.update_id
+        cut = candidate.inputs.cut
+        if cut is None or cut.generation != self.generation:  # folded again, from another log than today's
+            return
         for record in (*candidate.accepted, *candidate.refused):
-            partition = str(record.partition)
-            if record.offset == self.offsets.get(partition, 0) - 1:
-                self.last_records[partition] = (record.offset, record.record_sha256)
+            self.records.setdefault(str(record.partition), {})[record.offset] = record.record_sha256
+
+    def _accept_log(self, sealed: Sealed, body: LogAccepted) -> None:
+        if (body.generation, body.consumed) != (self.generation + 1, self.offsets):
+            raise _contradiction(
+                sealed,
+                f"accepts log generation {body.generation} after offsets {body.consumed}, but the chain has consumed "
+                f"{self.offsets} of generation {self.generation}",
+            )
+        same = self.log == (body.topic, body.log_id)
+        self.records = {
+            partition: {offset: digest for offset, digest in digests.items() if offset < body.offsets.get(partition, 0)}
+            for partition, digests in (self.records if same else {}).items()
+        }
+        self.log, self.generation, self.offsets = (body.topic, body.log_id), body.generation, dict(body.offsets)
 
     def _decide(self, sealed: Sealed, body: Decision) -> None:
         view = self.versions.get(body.version)
@@ -344,9 +384,18 @@ def claim_of(update: Accepted) -> Claim:
     return update.client_id, update.key_epoch, update.sequence
 
 
-def continues(offsets: Mapping[str, int], cut: Cut) -> bool:
+class Place(Protocol):
+    """Where a chain stands in the log."""
+
+    offsets: Mapping[str, int]
+    generation: int
+
+
+def continues(place: Place, cut: Cut) -> bool:
     """Tell whether a cut starts where the chain ended; a partition never consumed may start anywhere."""
-    return all(offsets.get(partition, start) == start for partition, (start, _) in cut.ranges.items())
+    return cut.generation == place.generation and all(
+        place.offsets.get(partition, start) == start for partition, (start, _) in cut.ranges.items()
+    )
 
 
 def offsets_after(offsets: Mapping[str, int], cut: Cut) -> dict[str, int]:
