@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fednested_lib.blobs import BlobStore
+from fednested_lib.config import LogConfig
 from fednested_lib.errors import ConfigError
 from fednested_lib.events import Event, sign_event
 from fednested_lib.log import CONTROL, TOPICS, InMemoryLog, KafkaLog, UpdateLog
@@ -67,7 +68,7 @@ class Federation:
     @cached_property
     def log(self) -> UpdateLog:
         """The update log, its topics created."""
-        log = _open_log(self.config)
+        log = open_log(self.config.log)
         log.create_topics(TOPICS)
         return log
 
@@ -140,8 +141,9 @@ def open_federation(path: str | os.PathLike) -> Federation:
     return Federation(config=config)
 
 
-def _open_log(config: Tier1Config) -> UpdateLog:
-    servers = config.log.servers()
+def open_log(settings: LogConfig) -> UpdateLog:
+    """Open the update log, its topics as they are; `close` it afterwards unless it is in memory, where it is shared."""
+    servers = settings.servers()
     if servers.startswith(MEMORY):  # public twin for tests: one log per name and process
         return _memory_logs.setdefault(servers, InMemoryLog(name=servers.removeprefix(MEMORY)))
-    return KafkaLog(servers, timeout_s=config.log.timeout_s)
+    return KafkaLog(servers, timeout_s=settings.timeout_s)

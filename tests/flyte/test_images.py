@@ -25,7 +25,7 @@ def constraints() -> dict[str, str]:
     return {pin.name.lower(): str(pin.specifier) for pin in pins if not pin.marker or pin.marker.evaluate(image)}
 
 
-@pytest.mark.parametrize("spec", [specs.control, specs.tier1], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [specs.control, specs.tier1, specs.connector], ids=lambda spec: spec.name)
 def test_pins_are_those_of_the_checkout(spec) -> None:
     """What was tested here is what runs in the pod."""
     pins = constraints()
@@ -34,7 +34,7 @@ def test_pins_are_those_of_the_checkout(spec) -> None:
         assert pins[name] == version, name
 
 
-@pytest.mark.parametrize("spec", [specs.control, specs.tier1], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [specs.control, specs.tier1, specs.connector], ids=lambda spec: spec.name)
 def test_a_dockerfile_can_be_rendered_offline(spec, tmp_path: Path) -> None:
     """An operator without Flyte's builder can build the image from the rendered context."""
     create_docker_context(spec, tmp_path)
