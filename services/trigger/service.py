@@ -96,7 +96,7 @@ class Trigger:
             if stop is not None and stop.is_set():
                 break
             self._try(place)
-        self._commit()
+            self._commit()  # after each, so that a trigger which dies often still gets on
 
     # one task -----------------------------------------------------------------------------------------------------
 

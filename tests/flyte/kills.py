@@ -86,6 +86,7 @@ class TriggerKills:
 
 def kill_trigger(directory: Path, bootstrap: str, *, kills: int, seed: int) -> TriggerKills:
     """Send tasks while the trigger is killed `kills` times, at random or at a failpoint, then let it finish."""
+    directory.mkdir(parents=True, exist_ok=True)
     rng, numbers = random.Random(seed), itertools.count()
     tasks: list[TrainingTask] = []
     with contextlib.ExitStack() as stack:
@@ -172,7 +173,7 @@ def kill_connector(directory: Path, bootstrap: str, *, kills: int, seed: int) ->
         log.create_topics({topic: 3})
         zygote = stack.enter_context(Zygote("connector", arguments, {}, directory / "connector.log"))
         propeller = stack.enter_context(Propeller(port))
-        killer = Killer(zygote, random.Random(seed + 1), kills)
+        killer = Killer(zygote, port, random.Random(seed + 1), kills)
         stack.callback(killer.join)
         killer.start()
         cuts: list[TakenCut] = []
@@ -198,17 +199,27 @@ def kill_connector(directory: Path, bootstrap: str, *, kills: int, seed: int) ->
 class Killer(threading.Thread):
     """Starts the connector, kills it after a random time, starts it again, `kills` times; leaves it running."""
 
-    def __init__(self, zygote: Zygote, rng: random.Random, kills: int):
+    def __init__(self, zygote: Zygote, port: int, rng: random.Random, kills: int):
         super().__init__(daemon=True)
-        self._zygote, self._rng, self._kills, self.done = zygote, rng, kills, 0
+        self._zygote, self._port, self._rng, self._kills, self.done = zygote, port, rng, kills, 0
 
     def run(self) -> None:
         self._zygote.start()
-        for _ in range(self._kills):
-            time.sleep(self._rng.uniform(0.2, 1.2))
+        for life in range(self._kills):
+            if life % 4:  # the others die while they start
+                self._wait_until_it_serves()
+            time.sleep(self._rng.uniform(0.0, 0.8))
             if self._zygote.end() == -9:
                 self.done += 1
             self._zygote.start()
+
+    def _wait_until_it_serves(self) -> None:
+        for _ in range(int(PATIENCE_S / 0.05)):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            time.sleep(0.05)
+        raise TimeoutError("the connector did not start")
 
 
 class Propeller:
