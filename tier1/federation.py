@@ -10,8 +10,8 @@ from pathlib import Path
 from fednested_lib.blobs import BlobStore
 from fednested_lib.config import LogConfig
 from fednested_lib.errors import ConfigError
-from fednested_lib.events import Event, sign_event
-from fednested_lib.log import CONTROL, TOPICS, InMemoryLog, KafkaLog, UpdateLog
+from fednested_lib.events import Event, TrainingTask, sign_event
+from fednested_lib.log import CONTROL, TASKS, TOPICS, InMemoryLog, KafkaLog, UpdateLog
 from fednested_lib.signing import Signer
 from tier1.config import Tier1Config, load_tier1
 from tier1.governance.audit import AuditedAuthorizer, require_access
@@ -117,6 +117,14 @@ class Federation:
             TransportError: the log does not answer; announce again, twice is harmless.
         """
         self.log.append(CONTROL, key=key, value=event.to_bytes(), headers=sign_event(event, self.signer))
+
+    def request(self, task: TrainingTask) -> None:
+        """Ask the trigger for one turn of a loop, signed by tier 1.
+
+        Raises:
+            TransportError: the log does not answer; request again, twice under one id is launched once.
+        """
+        self.log.append(TASKS, key=task.task_id.encode(), value=task.to_bytes(), headers=sign_event(task, self.signer))
 
     def close(self) -> None:
         """Let go of the log connection, if one was opened."""

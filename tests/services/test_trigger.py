@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fednested_lib.errors import ContractError, LogError, TransportError
+from fednested_lib.errors import ContractError, EnvelopeError, LogError, TransportError
 from fednested_lib.events import TrainingTask
 from fednested_lib.log import DEAD_TASKS, TASKS, InMemoryLog
 from fednested_lib.signing import Signer
@@ -178,6 +178,27 @@ def test_an_unreachable_log_is_waited_for_until_told_to_stop(world: World) -> No
     stop.set()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_task_can_be_requested_by_hand(tmp_path: Path) -> None:
+    """What `fednested tier1 request` appends is what the trigger takes; a wrong kind is one line."""
+    from typer.testing import CliRunner
+
+    from tests.federation import make_workspace
+    from tier1.commands import app
+    from tier1.federation import open_federation
+
+    config = make_workspace(tmp_path)
+    arguments = ["request", "--config", str(config), "--task-id", "a"]
+    done = CliRunner().invoke(app, [*arguments, "--kind", "aggregate"])
+    assert "requested aggregate as task a" in done.output
+    assert isinstance(CliRunner().invoke(app, [*arguments, "--kind", "Aggregate!"]).exception, EnvelopeError)
+    fed, launcher = open_federation(config), ListLauncher()
+    trusted = frozenset(fed.config.identity.trusted)
+    Trigger(
+        fed.log, InMemoryPositions(), launcher, federation=fed.config.federation, trusted=trusted, routes=ROUTES
+    ).turn()
+    assert launcher.launched == [name_of("a")]
 
 
 # over gRPC ------------------------------------------------------------------------------------------------------------
