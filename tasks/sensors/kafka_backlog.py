@@ -7,6 +7,7 @@ repository and confluent-kafka in its image; no task type of ours needs to be en
 afterwards, by `take_cut`. Without any connector service `take_cut` alone waits, in a pod of its own.
 """
 
+import asyncio
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -26,18 +27,22 @@ class KafkaBacklog(BaseSensor):
 
     async def poke(self, window: Window) -> bool:
         """Look once: has the window closed?"""
-        from tier1.loops.window import look
-
         # The engine hands over what is left of the window: a dictionary, or a class that it made from the schema.
         window = Window(**(window if isinstance(window, dict) else asdict(window)))
-        now = time.time()
-        try:
-            with connected(window) as log:
-                return bool(look(log, window, now=now).closed_by)
-        except TransportError:
-            if now - window.opened_at >= window.max_wait_s:
-                raise
-            return False
+        return await asyncio.to_thread(_closed, window)
+
+
+def _closed(window: Window) -> bool:
+    from tier1.loops.window import look
+
+    now = time.time()
+    try:
+        with connected(window) as log:
+            return bool(look(log, window, now=now).closed_by)
+    except TransportError:
+        if now - window.opened_at >= window.max_wait_s:
+            raise
+        return False
 
 
 kafka_backlog = KafkaBacklog(name="tasks.sensors.kafka_backlog.kafka_backlog")

@@ -8,10 +8,12 @@ once a second in the process of the run.
 
     log answers, window open        RUNNING             how far it is
     log answers, window closed      SUCCEEDED           the cut, empty when nothing arrived in time
-    log does not answer             RUNNING until T, then RETRYABLE_FAILED: the task's retries apply
+    no log, or no topic, at first   RETRYABLE_FAILED    the task's retries apply
+    log does not answer any more    RUNNING until T, then RETRYABLE_FAILED: the task's retries apply
     log lost or re-used offsets     FAILED              a person has to look
 """
 
+import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -41,9 +43,10 @@ LONGEST = timedelta(days=8)  # window.max_wait_s is at most seven
 
 @dataclass
 class WindowMeta(ResourceMeta):
-    """All state of one waiting task."""
+    """All state of one waiting task: its window, and what was wrong with the log when the window was taken on."""
 
     window: Window
+    trouble: str = ""
 
 
 class KafkaWindowConnector(AsyncConnectorBase):
@@ -55,17 +58,20 @@ class KafkaWindowConnector(AsyncConnectorBase):
         super().__init__(task_type_name=TASK_TYPE, metadata_type=WindowMeta)
 
     async def create(self, inputs: LiteralMap | None = None, **_: object) -> WindowMeta:
-        """Refuse a broker that does not answer or a topic that does not exist at once, instead of after T."""
+        """Look for broker and topic at once, not only after T.
+
+        What is wrong goes into the meta: an error raised here would reach the console as a traceback.
+        """
         context = FlyteContextManager.current_context()
         window = (await TypeEngine._literal_map_to_kwargs(context, inputs, {"window": Window}))["window"]
-        with connected(window) as log:
-            log.watermarks(window.topic)
-        return WindowMeta(window=window)
+        return WindowMeta(window=window, trouble=await asyncio.to_thread(_trouble, window))
 
     def get(self, resource_meta: WindowMeta, **_: object) -> Resource:
         """Look once; flytekit calls this in a thread."""
         from tier1.loops.window import cut_window, look
 
+        if resource_meta.trouble:
+            return Resource(phase=TaskExecution.RETRYABLE_FAILED, message=resource_meta.trouble)
         window, now = resource_meta.window, time.time()
         try:
             with connected(window) as log:
@@ -82,6 +88,16 @@ class KafkaWindowConnector(AsyncConnectorBase):
 
     async def delete(self, resource_meta: WindowMeta, **_: object) -> None:
         """An aborted execution leaves nothing behind."""
+
+
+def _trouble(window: Window) -> str:
+    """Return what is wrong with the log of a window, or nothing."""
+    try:
+        with connected(window) as log:
+            log.watermarks(window.topic)
+    except FednestedError as error:
+        return str(error)
+    return ""
 
 
 class KafkaWindow(AsyncConnectorExecutorMixin, PythonTask):

@@ -19,7 +19,7 @@ from flytekit.sensor.sensor_engine import SensorEngine
 from flytekit.tools.translator import get_serializable
 from flytekit.types.file import FlyteFile
 
-from fednested_lib.errors import LogError, TransportError
+from fednested_lib.errors import LogError
 from fednested_lib.log import UPDATES, InMemoryLog
 from services.gates import answer_gates
 from tasks.aggregation import keep_cut, open_window, take_cut
@@ -124,7 +124,7 @@ def test_an_empty_window_says_value_bound_and_remedy(log: InMemoryLog) -> None:
 
 def test_all_state_is_in_the_resource_meta() -> None:
     """What propeller hands back to a restarted connector is the whole window."""
-    meta = WindowMeta(window=window(max_bytes=7))
+    meta = WindowMeta(window=window(max_bytes=7), trouble="no broker")
     assert WindowMeta.decode(meta.encode()) == meta
 
 
@@ -199,7 +199,9 @@ def test_a_cut_that_another_loop_was_faster_with_comes_back_empty(config: FlyteF
 def test_a_broker_that_is_not_there_is_one_line() -> None:
     """At the start it fails at once; in the middle it is waited for, and after T it is worth another attempt."""
     nowhere = window(bootstrap="127.0.0.1:1", opened_at=time.time())
-    with pytest.raises(TransportError, match="start the broker"):
+    with pytest.raises(
+        FlyteUserException, match=r"with error: update log 127\.0\.0\.1:1 [^\n]*start the broker[^\n]*$"
+    ):
         kafka_window(window=nowhere)
     resource = KafkaWindowConnector().get(WindowMeta(window=nowhere))
     assert resource.phase == TaskExecution.RUNNING
@@ -211,7 +213,7 @@ def test_a_broker_that_is_not_there_is_one_line() -> None:
 
 def test_a_topic_that_does_not_exist_names_the_command() -> None:
     """A broker without our topics gets the remedy instead of an empty cut."""
-    with pytest.raises(TransportError, match="bootstrap-topics"):
+    with pytest.raises(FlyteUserException, match=r"topic updates\.experts\.local does not exist.*bootstrap-topics"):
         kafka_window(window=window(bootstrap="memory:bare"))
 
 
