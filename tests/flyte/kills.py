@@ -174,8 +174,9 @@ def kill_connector(directory: Path, bootstrap: str, *, kills: int, seed: int) ->
         zygote = stack.enter_context(Zygote("connector", arguments, {}, directory / "connector.log"))
         propeller = stack.enter_context(Propeller(port))
         killer = Killer(zygote, port, random.Random(seed + 1), kills)
-        stack.callback(killer.join)
+        zygote.start()
         killer.start()
+        stack.callback(killer.join)
         cuts: list[TakenCut] = []
         while killer.is_alive() or sum(cut.n_records for cut in cuts) < _total(log, topic):
             if killer.is_alive():
@@ -197,14 +198,13 @@ def kill_connector(directory: Path, bootstrap: str, *, kills: int, seed: int) ->
 
 
 class Killer(threading.Thread):
-    """Starts the connector, kills it after a random time, starts it again, `kills` times; leaves it running."""
+    """Kills the running connector after a random time and starts it again, `kills` times; leaves it running."""
 
     def __init__(self, zygote: Zygote, port: int, rng: random.Random, kills: int):
         super().__init__(daemon=True)
         self._zygote, self._port, self._rng, self._kills, self.done = zygote, port, rng, kills, 0
 
     def run(self) -> None:
-        self._zygote.start()
         for life in range(self._kills):
             if life % 4:  # the others die while they start
                 self._wait_until_it_serves()

@@ -31,7 +31,7 @@ class Zygote:
     """
 
     def __init__(self, kind: str, arguments: list[str], environment: dict[str, str], log: Path):
-        self._arguments = arguments
+        self._arguments, self._log = arguments, log
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.flyte.zygote", kind],
@@ -64,7 +64,10 @@ class Zygote:
     def _ask(self, line: str) -> str:
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        return self._process.stdout.readline()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the zygote ended: {self._log.read_text()[-1000:]}")
+        return answer
 
     def __enter__(self) -> Zygote:
         return self

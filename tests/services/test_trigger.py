@@ -17,6 +17,7 @@ from fednested_lib.errors import ContractError, EnvelopeError, LogError, Transpo
 from fednested_lib.events import TrainingTask
 from fednested_lib.log import DEAD_TASKS, TASKS, InMemoryLog
 from fednested_lib.signing import Signer
+from services.trigger import service
 from services.trigger.inbox import InMemoryPositions
 from services.trigger.launch import ROUTES, Order, order_of
 from services.trigger.remote import FlyteLauncher
@@ -167,6 +168,31 @@ def test_a_log_that_forgot_what_was_settled_stops_the_trigger(world: World) -> N
     world.positions.save(TASKS, {0: 7})
     with pytest.raises(LogError, match=r"ends at offset 0, but tasks up to 7 .* reset the trigger's group"):
         world.turn()
+
+
+def test_tasks_that_retention_took_are_stepped_over(world: World) -> None:
+    """A trigger that was off for longer than the retention goes on with what is left."""
+    for task_id in ("old", "new"):
+        send_task(world.log, task_id)
+    world.positions.save(TASKS, {0: 0})
+    world.log.delete_before(TASKS, 0, 1)
+    world.turn()
+    assert (world.launcher.launched, world.committed) == ([name_of("new")], 2)
+
+
+def test_reading_ahead_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a busy plan no more than so many tasks are held; the rest is read when there is room, and none is lost."""
+    monkeypatch.setattr(service, "MAX_WAITING", 2)
+    for number in range(5):
+        send_task(world.log, f"t{number}")
+    world.launcher.busy = {"nested_round_fast"}
+    for _ in range(3):
+        world.turn(after_s=10.0)
+    assert len(world.trigger._waiting) == 2
+    world.launcher.busy = set()
+    for _ in range(3):
+        world.turn(after_s=400.0)
+    assert (len(world.launcher.launched), world.committed) == (5, 5)
 
 
 def test_an_unreachable_log_is_waited_for_until_told_to_stop(world: World) -> None:
