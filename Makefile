@@ -23,10 +23,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DATAHUB_TELEMETRY_ENABLED := false
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint imports claims wheel-test wheel figures clean
+.PHONY: help setup demo test check lint imports claims wheel-test wheel figures serve-connector trigger clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
 
 setup: $(STAMP) ## Make the environment .venv with everything the repository needs
 
@@ -73,6 +73,14 @@ wheel: $(STAMP) ## Build the edge wheel into dist/
 
 figures: $(STAMP) ## Measure the claims anew (CLASS=quick|full|long, ONLY=prefix)
 	@$(PY) -m benchmarks.figures --class $(or $(CLASS),quick) $(if $(ONLY),--only '$(ONLY)')
+
+serve-connector: $(STAMP) ## Serve the Kafka sensors to Flyte over gRPC (PORT=8000, METRICS_PORT=9090)
+	@$(VENV)/bin/pyflyte serve connector --port $(or $(PORT),8000) --prometheus_port $(or $(METRICS_PORT),9090) \
+	  --modules tasks.sensors.kafka_window --modules tasks.sensors.kafka_backlog
+
+trigger: $(STAMP) ## Launch Flyte executions for tasks on tasks.training (CONFIG=tier1.yaml, PROJECT=, DOMAIN=)
+	@$(PY) -m services.trigger --config '$(or $(CONFIG),tier1.yaml)' \
+	  $(if $(PROJECT),--project '$(PROJECT)') $(if $(DOMAIN),--domain '$(DOMAIN)')
 
 clean: ## Remove what builds and runs leave; the environment stays
 	rm -rf build dist runs mlruns .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info tier1/*.egg-info

@@ -1,4 +1,4 @@
-"""Events on the control topic and telemetry, as strict, closed records.
+"""Events on the control, telemetry and task topics, as strict, closed records.
 
 `control.federation_rounds` has one partition, so its order is total. Control events are signed by tier 1: a device acts
 on no event whose signature its pinned key does not verify, nor on one of another federation on the same log.
@@ -76,8 +76,20 @@ class TrainingTelemetry(_Event):
     payload_bytes: int = Field(ge=0)
 
 
+class TrainingTask(_Event):
+    """Somebody of tier 1 wants a loop to turn: the trigger launches one execution per `task_id`, sent often or once.
+
+    `kind` is a word of the trigger's routes; what the loop trains on is the launch plan's business, never a message's.
+    """
+
+    event: Literal["training_task"] = "training_task"
+    task_id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")
+    kind: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
+
+
 Event = Annotated[
-    ModelAvailable | FederationEnd | UpdatesSettled | ResendUnsettled | TrainingTelemetry, Field(discriminator="event")
+    ModelAvailable | FederationEnd | UpdatesSettled | ResendUnsettled | TrainingTelemetry | TrainingTask,
+    Field(discriminator="event"),
 ]
 _ADAPTER: TypeAdapter = TypeAdapter(Event)
 

@@ -30,12 +30,14 @@ DENSE = "updates.tier1"  # dense deltas of core updates
 QUARANTINE = "updates.experts.quarantine"  # refused device updates, each with its reason
 TELEMETRY = "telemetry.edge"
 TASKS = "tasks.training"
+DEAD_TASKS = "tasks.training.dead"  # tasks that can never be launched, each with its reason
 TOPICS: dict[str, int] = {
     CONTROL: 1,  # one partition: total order
     UPDATES: 3,
     DENSE: 1,
     TELEMETRY: 1,
     TASKS: 1,
+    DEAD_TASKS: 1,
     QUARANTINE: 1,
 }
 

@@ -1,7 +1,8 @@
 """The container images, as objects: third-party packages only, the repository's own code is shipped by Flyte.
 
-    control   the chain, the log and governance; no torch: seconds to start
-    tier1     control's packages plus torch and what trains, folds and evaluates a model
+    control    the chain, the log and governance; no torch: seconds to start
+    tier1      control's packages plus torch and what trains, folds and evaluates a model
+    connector  control's packages plus what `pyflyte serve connector` needs: the service that looks for the sensors
 
 Every version is pinned, flytekit included: the tag of an image is a hash of its specification, so an unpinned package
 would change under an unchanged tag. `tests/flyte/test_images.py` holds the pins equal to constraints.txt.
@@ -28,6 +29,7 @@ CONTROL_PACKAGES = [
     "pyyaml==6.0.3",
     "structlog==26.1.0",
 ]
+CONNECTOR_PACKAGES = [*CONTROL_PACKAGES, "grpcio-health-checking==1.85.1", "prometheus-client==0.26.0"]
 TIER1_PACKAGES = [
     *CONTROL_PACKAGES,
     "pandas==3.1.1",
@@ -42,3 +44,4 @@ TIER1_PACKAGES = [
 
 control = ImageSpec(name="fednested-control", registry=REGISTRY, python_version=PYTHON, packages=CONTROL_PACKAGES)
 tier1 = ImageSpec(name="fednested-tier1", registry=REGISTRY, python_version=PYTHON, packages=TIER1_PACKAGES)
+connector = ImageSpec(name="fednested-connector", registry=REGISTRY, python_version=PYTHON, packages=CONNECTOR_PACKAGES)

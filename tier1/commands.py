@@ -169,6 +169,24 @@ def nested_round(
     run_workflow("nested_round", config, *(["--core"] if core else []), *_by_flag(decision), answer=decision)
 
 
+@app.command("request")
+def request(
+    config: Path = CONFIG,
+    kind: str = typer.Option(..., help="what the trigger routes: core_update or aggregate"),
+    task_id: str = typer.Option(None, help="one execution per id, however often it is requested; default: the time"),
+) -> None:
+    """Ask the trigger to turn a loop on the cluster: a signed task on tasks.training."""
+    from fednested_lib.events import parse_event
+    from fednested_lib.signing import canonical_json
+    from tier1.federation import open_federation
+
+    fed = open_federation(config)
+    task_id = task_id or f"manual-{time.strftime('%Y%m%dt%H%M%S', time.gmtime())}"
+    fields = {"event": "training_task", "federation": fed.config.federation, "task_id": task_id, "kind": kind}
+    fed.request(parse_event(canonical_json(fields)))
+    typer.echo(f"requested {kind} as task {task_id}")
+
+
 @app.command("replay")
 def replay(
     config: Path = CONFIG,

@@ -53,11 +53,12 @@ class CoreUpdateConfig(Section):
 
 
 class WindowConfig(Section):
-    """When the fast loop closes its buffer: K updates or T seconds, whichever is first."""
+    """When the fast loop closes its buffer: K updates or T seconds, with a sensor also B bytes, whichever is first."""
 
     min_updates: int = Field(default=4, ge=1, le=1_000_000)
     max_updates: int = Field(default=64, ge=1, le=1_000_000)
     max_wait_s: float = Field(default=120.0, ge=0, le=604_800)
+    max_bytes: int | None = Field(default=None, ge=1, le=2**40)
 
 
 class EvaluationConfig(Section):

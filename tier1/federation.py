@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from fednested_lib.blobs import BlobStore
+from fednested_lib.config import LogConfig
 from fednested_lib.errors import ConfigError
-from fednested_lib.events import Event, sign_event
-from fednested_lib.log import CONTROL, TOPICS, InMemoryLog, KafkaLog, UpdateLog
+from fednested_lib.events import Event, TrainingTask, sign_event
+from fednested_lib.log import CONTROL, TASKS, TOPICS, InMemoryLog, KafkaLog, UpdateLog
 from fednested_lib.signing import Signer
 from tier1.config import Tier1Config, load_tier1
 from tier1.governance.audit import AuditedAuthorizer, require_access
@@ -67,7 +68,7 @@ class Federation:
     @cached_property
     def log(self) -> UpdateLog:
         """The update log, its topics created."""
-        log = _open_log(self.config)
+        log = open_log(self.config.log)
         log.create_topics(TOPICS)
         return log
 
@@ -117,6 +118,14 @@ class Federation:
         """
         self.log.append(CONTROL, key=key, value=event.to_bytes(), headers=sign_event(event, self.signer))
 
+    def request(self, task: TrainingTask) -> None:
+        """Ask the trigger for one turn of a loop, signed by tier 1.
+
+        Raises:
+            TransportError: the log does not answer; request again, twice under one id is launched once.
+        """
+        self.log.append(TASKS, key=task.task_id.encode(), value=task.to_bytes(), headers=sign_event(task, self.signer))
+
     def close(self) -> None:
         """Let go of the log connection, if one was opened."""
         if "log" in self.__dict__ and not isinstance(self.log, InMemoryLog):
@@ -140,8 +149,9 @@ def open_federation(path: str | os.PathLike) -> Federation:
     return Federation(config=config)
 
 
-def _open_log(config: Tier1Config) -> UpdateLog:
-    servers = config.log.servers()
+def open_log(settings: LogConfig) -> UpdateLog:
+    """Open the update log, its topics as they are; `close` it afterwards unless it is in memory, where it is shared."""
+    servers = settings.servers()
     if servers.startswith(MEMORY):  # public twin for tests: one log per name and process
         return _memory_logs.setdefault(servers, InMemoryLog(name=servers.removeprefix(MEMORY)))
-    return KafkaLog(servers, timeout_s=config.log.timeout_s)
+    return KafkaLog(servers, timeout_s=settings.timeout_s)

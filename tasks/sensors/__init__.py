@@ -1,1 +1,1 @@
-"""Sensors and connector tasks: what waits for the outside world."""
+"""Sensors: wait in the connector service, in no pod, until a window over the device topic closes."""

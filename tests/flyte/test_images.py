@@ -25,7 +25,7 @@ def constraints() -> dict[str, str]:
     return {pin.name.lower(): str(pin.specifier) for pin in pins if not pin.marker or pin.marker.evaluate(image)}
 
 
-@pytest.mark.parametrize("spec", [specs.control, specs.tier1], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [specs.control, specs.tier1, specs.connector], ids=lambda spec: spec.name)
 def test_pins_are_those_of_the_checkout(spec) -> None:
     """What was tested here is what runs in the pod."""
     pins = constraints()
@@ -34,7 +34,7 @@ def test_pins_are_those_of_the_checkout(spec) -> None:
         assert pins[name] == version, name
 
 
-@pytest.mark.parametrize("spec", [specs.control, specs.tier1], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [specs.control, specs.tier1, specs.connector], ids=lambda spec: spec.name)
 def test_a_dockerfile_can_be_rendered_offline(spec, tmp_path: Path) -> None:
     """An operator without Flyte's builder can build the image from the rendered context."""
     create_docker_context(spec, tmp_path)
@@ -63,3 +63,36 @@ def test_registration_needs_no_torch() -> None:
     subprocess.run(
         [sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, cwd=ROOT, check=True
     )
+
+
+def test_the_connector_image_is_enough_for_what_it_serves() -> None:
+    """A look at a window, and the trigger, import nothing that the connector image lacks."""
+    program = """
+import sys
+from importlib.machinery import PathFinder
+ABSENT = ("torch", "transformers", "tokenizers", "safetensors", "pandas", "pandera")
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in ABSENT else super().find_spec(name, path, target)
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+import services.trigger.__main__, services.trigger.remote
+import tasks.sensors.kafka_backlog
+from tasks.sensors.kafka_window import KafkaWindowConnector, WindowMeta
+from tier1.federation import open_log
+from fednested_lib.config import LogConfig
+from tier1.loops.records import Window
+open_log(LogConfig(bootstrap="memory:x")).create_topics({"t": 1})
+window = Window(bootstrap="memory:x", topic="t", log_id="", offsets={"0": 0}, last_offsets={}, last_digests={},
+                opened_at=0.0, min_updates=1, max_wait_s=1.0, max_bytes=1, max_updates=1)
+print(KafkaWindowConnector().get(WindowMeta(window=window)).outputs["o0"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "n_records=0, closed_by='time'" in done.stdout, done.stderr[-2000:]

@@ -21,7 +21,8 @@ from google.protobuf.json_format import MessageToDict
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("interfaces.json")
 SPECS = {1: task_pb2.TaskSpec, 2: workflow_pb2.WorkflowSpec, 3: launch_plan_pb2.LaunchPlan}
-LOOPS = ("core_update", "aggregate_experts", "evaluate_and_promote", "broadcast", "nested_round")
+LOOPS = ("core_update", "aggregate_experts", "evaluate_and_promote", "broadcast", "nested_round", "sensed_round")
+SENSORS = {"tasks.sensors.kafka_window.kafka_window": "fednested_kafka_window"}
 
 
 def package(directory: Path) -> dict[str, object]:
@@ -60,6 +61,10 @@ def type_name(literal: types_pb2.LiteralType) -> str:
         return f"file[{literal.blob.format}]"
     if kind == "collection_type":
         return f"list[{type_name(literal.collection_type)}]"
+    if kind == "map_value_type":
+        return f"map[{type_name(literal.map_value_type)}]"
+    if kind == "union_type":
+        return " | ".join(type_name(variant) for variant in literal.union_type.variants)
     if kind == "simple" and literal.simple == types_pb2.STRUCT:
         fields = literal.structure.dataclass_type
         inside = ", ".join(f"{name}: {type_name(fields[name])}" for name in sorted(fields))
@@ -78,8 +83,10 @@ def describe(spec: object) -> dict:
         "outputs": {key: type_name(value.type) for key, value in interface.outputs.variables.items()},
     }
     if isinstance(spec, task_pb2.TaskSpec):
-        image = spec.template.container.image.rsplit("/", 1)[1].split(":")[0]
-        return {**described, "image": image, "retries": spec.template.metadata.retries.retries}
+        described["retries"] = spec.template.metadata.retries.retries
+        if not spec.template.HasField("container"):  # a connector serves it, no pod
+            return {**described, "type": spec.template.type}
+        return {**described, "image": spec.template.container.image.rsplit("/", 1)[1].split(":")[0]}
     return {**described, "nodes": [describe_node(node) for node in spec.template.nodes]}
 
 
@@ -115,20 +122,30 @@ def test_every_loop_states_its_update_rule(entities: dict[str, object]) -> None:
 def test_a_schedule_leaves_no_input_open(entities: dict[str, object]) -> None:
     """A scheduled plan with an open input fails at its first turn; one without SKIP piles up behind a waiting gate."""
     plans = {name: spec.spec for name, spec in entities.items() if isinstance(spec, launch_plan_pb2.LaunchPlan)}
-    assert set(plans) == {"nested_round_fast", "nested_round_nightly"}
+    assert set(plans) == {"nested_round_fast", "nested_round_nightly", "sensed_round"}
     for plan in plans.values():
         inputs = entities[plan.workflow_id.name].template.interface.inputs.variables
         assert set(inputs) == set(plan.fixed_inputs.literals)
         assert plan.concurrency_policy.max == 1
+        assert plan.max_parallelism >= 1
+        assert plan.labels.values["fednested-loop"]
         assert plan.entity_metadata.schedule.WhichOneof("ScheduleExpression")
+
+
+@pytest.mark.slow
+def test_what_a_connector_serves_asks_for_no_pod(entities: dict[str, object]) -> None:
+    """The sensor's type is the one that the platform's values enable for the connector service; it has no container."""
+    served = {name: spec for name, spec in entities.items() if name in SENSORS}
+    assert {name: spec.template.type for name, spec in served.items()} == SENSORS
+    assert not any(spec.template.HasField("container") for spec in served.values())
 
 
 def test_no_plan_activates_itself() -> None:
     """Registering from a laptop must not start a production schedule."""
     from launchplans import schedules
 
-    assert not schedules.fast.should_auto_activate
-    assert not schedules.nightly.should_auto_activate
+    for plan in (schedules.fast, schedules.sensed, schedules.nightly):
+        assert not plan.should_auto_activate
 
 
 def test_tasks_are_bounded_and_uncached() -> None:

@@ -64,6 +64,18 @@ PLANTED = {
     "tier1 importing services": ("imports", "tier1/config.py", _append("import services\n"), "Nothing stands"),
     "tier1 importing flytekit": ("imports", "tier1/config.py", _append("import flytekit\n"), "plain Python"),
     "a service importing flytekit": ("imports", "services/planted.py", _append("import flytekit\n"), "plain Python"),
+    "flytekit in the trigger outside its launcher": (
+        "imports",
+        "services/trigger/service.py",
+        _append("import flytekit\n"),
+        "plain Python",
+    ),
+    "the trigger's launcher without its exception": (
+        "imports",
+        "pyproject.toml",
+        _replace('ignore_imports = ["services.trigger.remote -> flytekit"]', "ignore_imports = []"),
+        "plain Python",
+    ),
     "the library importing mlflow": (
         "imports",
         "fednested_lib/errors.py",
@@ -117,17 +129,3 @@ def test_check_passes_unplanted(target: str, checkout: Path) -> None:
     """Without a violation the same checks are green, so it was the violation that they saw."""
     done = _make(checkout, target)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-
-
-@pytest.mark.parametrize("trigger", ["services/trigger.py", "services/trigger/launch.py"])
-def test_the_trigger_may_launch_executions(trigger: str, checkout: Path) -> None:
-    """The one service that starts Flyte executions may import flytekit."""
-    path = checkout / trigger
-    path.parent.mkdir(exist_ok=True)
-    path.with_name("__init__.py").touch()
-    path.write_text("import flytekit\n")
-    try:
-        done = _make(checkout, "imports")
-    finally:
-        path.unlink()
-    assert done.returncode == 0, done.stdout[-2000:]

@@ -14,9 +14,10 @@ import structlog
 
 from fednested_lib.blobs import write_durable
 from fednested_lib.errors import ConfigError
+from fednested_lib.log import UPDATES
 from tier1.federation import Federation
 from tier1.loops.genesis import ensure_genesis
-from tier1.loops.records import CandidateRef, CutRef
+from tier1.loops.records import CandidateRef, CutRef, TakenCut, Window
 from tier1.versions.candidates import save_candidate
 from tier1.versions.manifest import Candidate, Cut, Inputs
 
@@ -40,6 +41,50 @@ def take_updates(fed: Federation) -> CutRef:
         max_wait_s=window.max_wait_s,
         max_updates=window.max_updates,
     )
+    return _store_cut(fed, cut)
+
+
+def open_window(fed: Federation, *, now: float) -> Window:
+    """Say what a sensor shall wait for, from where head's cut ended; `now` is in seconds since the epoch."""
+    state, settings = ensure_genesis(fed), fed.config.window
+    return Window(
+        bootstrap=fed.config.log.servers(),
+        topic=state.last_cut.topic if state.last_cut else UPDATES,
+        log_id=state.last_cut.log_id if state.last_cut else "",
+        offsets=dict(state.offsets),
+        last_offsets={partition: offset for partition, (offset, _) in state.last_records.items()},
+        last_digests={partition: digest for partition, (_, digest) in state.last_records.items()},
+        opened_at=now,
+        min_updates=settings.min_updates,
+        max_wait_s=settings.max_wait_s,
+        max_bytes=settings.max_bytes,
+        max_updates=settings.max_updates,
+    )
+
+
+def keep_cut(fed: Federation, taken: TakenCut) -> CutRef:
+    """Store the cut that a sensor returned; the fold reads it again and compares digests.
+
+    A cut that does not go on where the chain ends now is no error: another loop folded these updates meanwhile. It
+    comes back empty, and what it held and nobody consumed is in the next window.
+    """
+    from tier1.versions.state import continues
+
+    cut = Cut(
+        topic=taken.topic,
+        log_id=taken.log_id,
+        ranges={partition: tuple(bounds) for partition, bounds in taken.ranges.items()},
+        records_digest=taken.records_digest,
+        n_records=taken.n_records,
+    )
+    consumed = fed.chain.state().offsets
+    if not continues(consumed, cut):
+        log.info("aggregate.cut_superseded", ranges=cut.ranges, consumed=dict(consumed))
+        return CutRef(path="", n_records=0, topic=cut.topic)
+    return _store_cut(fed, cut)
+
+
+def _store_cut(fed: Federation, cut: Cut) -> CutRef:
     path = fed.home / "cuts" / f"{cut.digest()}.json"
     write_durable(path, cut.to_bytes())
     log.info("aggregate.cut", records=cut.n_records, ranges=cut.ranges)

@@ -43,6 +43,52 @@ class CutRef:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Window:
+    """What a sensor waits for on the device topic, and everything it needs to look: it holds no state of its own.
+
+    Args:
+        bootstrap: brokers of the update log; FEDNESTED_KAFKA_BOOTSTRAP of the sensor's process wins.
+        topic: topic of device updates.
+        log_id: identity of the log that the last cut was taken from; empty before the first cut.
+        offsets: partition → next offset to consume.
+        last_offsets: partition → offset of the last consumed record.
+        last_digests: partition → digest of that record, which shows a log that re-used offsets.
+        opened_at: seconds since the epoch.
+        min_updates: K; the window closes with so many updates,
+        max_wait_s: T; or so many seconds after it was opened,
+        max_bytes: B; or with so many bytes of records; None is off.
+        max_updates: largest number of updates that one cut takes.
+    """
+
+    bootstrap: str
+    topic: str
+    log_id: str
+    offsets: dict[str, int]
+    last_offsets: dict[str, int]
+    last_digests: dict[str, str]
+    opened_at: float
+    min_updates: int
+    max_wait_s: float
+    max_bytes: int | None
+    max_updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenCut:
+    """A cut as a sensor returns it: the fields of `tier1.versions.manifest.Cut`, and what closed the window.
+
+    `closed_by` is `updates`, `bytes` or `time`; with `n_records` 0 nothing arrived in time.
+    """
+
+    topic: str
+    log_id: str
+    ranges: dict[str, list[int]]
+    records_digest: str
+    n_records: int
+    closed_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CandidateRef:
     """A folded candidate; an empty digest means that there was nothing to fold."""
 

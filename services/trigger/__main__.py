@@ -1,0 +1,90 @@
+"""`python -m services.trigger`: run the trigger until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import structlog
+import typer
+
+from fednested_lib.errors import ConfigError, FednestedError
+from services.trigger.inbox import GROUP, KafkaPositions
+from services.trigger.launch import ROUTES
+from services.trigger.service import Trigger
+
+DEFAULT_ROUTES = [f"{kind}={plan}" for kind, plan in ROUTES.items()]
+
+
+def run(
+    config: Path = typer.Option(..., help="tier1.yaml: the log, the federation's name and its trusted keys."),
+    project: str = typer.Option("fednested", help="Flyte project of the launch plans."),
+    domain: str = typer.Option("development", help="Flyte domain of the launch plans."),
+    route: list[str] = typer.Option(DEFAULT_ROUTES, help="kind=launch plan; repeat for more."),
+    group: str = typer.Option(GROUP, help="Kafka group whose committed offsets say where to go on."),
+    poll_s: float = typer.Option(1.0, min=0.01, help="Seconds between two looks at the log."),
+) -> None:
+    """Launch one Flyte execution per task on tasks.training, until SIGTERM."""
+    from services.trigger.remote import connect
+    from tier1.config import load_tier1
+    from tier1.federation import open_log
+
+    settings, routes = load_tier1(config), _routes(route)
+    stop = _told_to_stop()
+    log, positions = open_log(settings.log), KafkaPositions(settings.log.servers(), group=group)
+    trigger = Trigger(
+        log,
+        positions,
+        connect(project, domain),
+        federation=settings.federation,
+        trusted=frozenset(settings.identity.trusted),
+        routes=routes,
+    )
+    structlog.get_logger().info("trigger.started", log=settings.log.servers(), project=project, domain=domain)
+    try:
+        trigger.run(stop, poll_s=poll_s)
+    finally:
+        positions.close()
+        log.close()
+
+
+def _told_to_stop() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set; from a thread, because a handler could meet the event's own lock."""
+    stop, signals = threading.Event(), {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=lambda: (signal.sigwait(signals), stop.set()), daemon=True).start()
+    return stop
+
+
+def _routes(given: list[str]) -> dict[str, str]:
+    wrong = [text for text in given if not all(text.partition("="))]
+    if wrong:
+        raise ConfigError(
+            f"--route must be kind=launch-plan, got {wrong[0]}: for example core_update=nested_round_nightly"
+        )
+    return dict(text.split("=", 1) for text in given)
+
+
+def main() -> None:
+    """Events as JSON lines on standard error, an error of ours as one line and its exit code."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+    )
+    try:
+        typer.run(run)
+    except FednestedError as error:
+        sys.stderr.write(f"trigger: {error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

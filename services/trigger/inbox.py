@@ -1,0 +1,135 @@
+"""The trigger's side of the log: where reading goes on, and the topic of what can never be launched.
+
+The position is the committed offset of a Kafka group that nobody joins: partitions are assigned, not balanced, so a
+restarted trigger goes on at once instead of waiting for a dead member's session to end. It is a convenience, not the
+truth: read from the beginning again, every task would meet its own execution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from fednested_lib.errors import ContractError, PayloadError, TransportError
+from fednested_lib.events import SIGNATURE_HEADER
+from fednested_lib.log import DEAD_TASKS, Record, UpdateLog
+
+GROUP = "fednested-trigger"
+REASON_HEADER = "fednested-reason"
+DETAIL_HEADER = "fednested-detail"
+TIMEOUT_S = 10.0
+
+
+class Positions(Protocol):
+    """Keeps the next offset per partition between two runs."""
+
+    def load(self, topic: str, partitions: list[int]) -> dict[int, int]:
+        """Return partition → next offset, without those that were never saved.
+
+        Raises:
+            TransportError: the broker does not answer.
+        """
+
+    def save(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """Keep the next offsets.
+
+        Raises:
+            TransportError: the broker does not answer; what was read comes again.
+        """
+
+    def close(self) -> None:
+        """Let go of connections."""
+
+
+class InMemoryPositions:
+    """`Positions` in this process, for tests."""
+
+    def __init__(self):
+        self.offsets: dict[str, dict[int, int]] = {}
+
+    def load(self, topic: str, partitions: list[int]) -> dict[int, int]:
+        """See `Positions.load`."""
+        return dict(self.offsets.get(topic, {}))
+
+    def save(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """See `Positions.save`."""
+        self.offsets.setdefault(topic, {}).update(offsets)
+
+    def close(self) -> None:
+        """See `Positions.close`."""
+
+
+class KafkaPositions:
+    """`Positions` as the committed offsets of a group on the Kafka cluster at `bootstrap`."""
+
+    def __init__(self, bootstrap: str, *, group: str = GROUP):
+        import confluent_kafka
+
+        self._kafka = confluent_kafka
+        self.bootstrap, self.group = bootstrap, group
+        self._consumer = confluent_kafka.Consumer(
+            {
+                "bootstrap.servers": bootstrap,
+                "client.id": "fednested-trigger",
+                "group.id": group,
+                "enable.auto.commit": False,
+                "allow.auto.create.topics": False,
+                "log_level": 0,
+            }
+        )
+
+    def load(self, topic: str, partitions: list[int]) -> dict[int, int]:
+        """See `Positions.load`."""
+        wanted = [self._kafka.TopicPartition(topic, partition) for partition in partitions]
+        with self._errors("tell the offsets"):
+            found = self._consumer.committed(wanted, timeout=TIMEOUT_S)
+            return {place.partition: place.offset for place in found if place.offset >= 0}
+
+    def save(self, topic: str, offsets: Mapping[int, int]) -> None:
+        """See `Positions.save`."""
+        places = [self._kafka.TopicPartition(topic, partition, offset) for partition, offset in offsets.items()]
+        with self._errors("commit the offsets"):
+            for place in self._consumer.commit(offsets=places, asynchronous=False):
+                if place.error is not None:
+                    raise self._kafka.KafkaException(place.error)
+
+    def close(self) -> None:
+        """See `Positions.close`."""
+        self._consumer.close()
+
+    @contextlib.contextmanager
+    def _errors(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except self._kafka.KafkaException as error:
+            raise TransportError(
+                f"broker {self.bootstrap} did not {action} of group {self.group} within {TIMEOUT_S:g} s "
+                f"({_text(error)}): start it, or set FEDNESTED_KAFKA_BOOTSTRAP to one that runs"
+            ) from error
+
+
+def bury(log: UpdateLog, record: Record, why: ContractError) -> None:
+    """Append a task that can never be launched to the dead-letter topic: its bytes, its place as key, the reason.
+
+    At least once: a crash may repeat it, readers dedupe by key.
+
+    Raises:
+        TransportError: the log does not answer; bury it again later.
+    """
+    headers = {REASON_HEADER: why.reason.encode(), DETAIL_HEADER: str(why).encode()}
+    headers |= {name: value for name, value in record.headers if name == SIGNATURE_HEADER}
+    key = place_of(record).encode()
+    try:
+        log.append(DEAD_TASKS, key=key, value=record.value, headers=headers)
+    except PayloadError:  # as large as the log admits, and a little more with the reason
+        log.append(DEAD_TASKS, key=key, value=b"", headers=headers)
+
+
+def place_of(record: Record) -> str:
+    """Return `topic/partition/offset`."""
+    return f"{record.topic}/{record.partition}/{record.offset}"
+
+
+def _text(error: Any) -> str:
+    return error.args[0].str() if error.args and hasattr(error.args[0], "str") else str(error)

@@ -1,0 +1,121 @@
+"""A stand-in for FlyteAdmin, in this process: flyteidl's real gRPC `AdminService`, as far as the trigger speaks to it.
+
+What is real: the wire, flytekit's client with its retries and interceptors, the protobufs, the status codes. What is
+not: nothing runs, nothing is stored beyond this process, there is no authentication and one project and domain only.
+What it does of admin's part follows flyteadmin 1.16 (`execution_manager.go`, `execution_validator.go`), as read:
+
+    GetActiveLaunchPlan   NOT_FOUND without an active version
+    CreateExecution       INVALID_ARGUMENT for a bad name; NOT_FOUND for a plan that is not there; ALREADY_EXISTS for a
+                          name that is taken, and also when the plan's concurrency policy skips the launch
+    GetExecution          NOT_FOUND for a name that is not there
+    everything else       UNIMPLEMENTED
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import Counter
+from concurrent import futures
+
+import grpc
+from flyteidl.admin import execution_pb2, launch_plan_pb2, workflow_pb2
+from flyteidl.core import compiler_pb2, identifier_pb2, interface_pb2
+from flyteidl.core.workflow_pb2 import WorkflowTemplate
+from flyteidl.service import admin_pb2_grpc
+
+NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+PROJECT, DOMAIN, VERSION = "fednested", "development", "v1"
+
+
+class AdminStandIn(admin_pb2_grpc.AdminServiceServicer):
+    """One FlyteAdmin with the given active launch plans.
+
+    Attributes:
+        executions: name → execution, as admitted.
+        admitted: names in the order of their admission; a name twice would be an execution twice.
+        busy: launch plans whose concurrency policy skips every launch now.
+        lose_answers: how many admitted CreateExecutions are answered UNAVAILABLE.
+        delay_s: how long CreateExecution takes, before and after the admission each.
+        calls: RPC → how often.
+    """
+
+    def __init__(self, plans: tuple[str, ...] = ("nested_round_fast", "nested_round_nightly")):
+        self.plans = set(plans)
+        self.executions: dict[str, execution_pb2.Execution] = {}
+        self.admitted: list[str] = []
+        self.busy: set[str] = set()
+        self.lose_answers = 0
+        self.delay_s = 0.0
+        self.calls: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> AdminStandIn:
+        self._server = grpc.server(futures.ThreadPoolExecutor(4))
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What points flytekit here."""
+        return {"FLYTE_PLATFORM_URL": f"127.0.0.1:{self.port}", "FLYTE_PLATFORM_INSECURE": "true"}
+
+    def GetActiveLaunchPlan(self, request, context):
+        self.calls["GetActiveLaunchPlan"] += 1
+        if request.id.name not in self.plans:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no active launch plan {request.id.name}")
+        spec = launch_plan_pb2.LaunchPlanSpec(workflow_id=_id(identifier_pb2.WORKFLOW, "workflow"))
+        return launch_plan_pb2.LaunchPlan(id=_id(identifier_pb2.LAUNCH_PLAN, request.id.name), spec=spec)
+
+    def GetWorkflow(self, request, context):
+        self.calls["GetWorkflow"] += 1
+        interface = interface_pb2.TypedInterface(
+            inputs=interface_pb2.VariableMap(), outputs=interface_pb2.VariableMap()
+        )
+        compiled = compiler_pb2.CompiledWorkflow(template=WorkflowTemplate(id=request.id, interface=interface))
+        closure = compiler_pb2.CompiledWorkflowClosure(primary=compiled)
+        return workflow_pb2.Workflow(id=request.id, closure=workflow_pb2.WorkflowClosure(compiled_workflow=closure))
+
+    def CreateExecution(self, request, context):
+        self.calls["CreateExecution"] += 1
+        time.sleep(self.delay_s)
+        if not NAME.fullmatch(request.name):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"invalid execution name {request.name}")
+        plan = request.spec.launch_plan.name
+        if plan not in self.plans:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no launch plan {plan}")
+        with self._lock:
+            taken = request.name in self.executions
+            if not taken and plan not in self.busy:
+                self._admit(request)
+        if taken or plan in self.busy:
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{request.name} exists, or {plan} is at its limit")
+        time.sleep(self.delay_s)
+        if self.lose_answers > 0:
+            self.lose_answers -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the answer was lost")
+        return execution_pb2.ExecutionCreateResponse(id=self.executions[request.name].id)
+
+    def GetExecution(self, request, context):
+        self.calls["GetExecution"] += 1
+        if request.id.name not in self.executions:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no execution {request.id.name}")
+        return self.executions[request.id.name]
+
+    def _admit(self, request: execution_pb2.ExecutionCreateRequest) -> None:
+        name = identifier_pb2.WorkflowExecutionIdentifier(
+            project=request.project, domain=request.domain, name=request.name
+        )
+        closure = execution_pb2.ExecutionClosure(workflow_id=_id(identifier_pb2.WORKFLOW, "workflow"))
+        self.executions[request.name] = execution_pb2.Execution(id=name, spec=request.spec, closure=closure)
+        self.admitted.append(request.name)
+
+
+def _id(kind: int, name: str) -> identifier_pb2.Identifier:
+    return identifier_pb2.Identifier(resource_type=kind, project=PROJECT, domain=DOMAIN, name=name, version=VERSION)
