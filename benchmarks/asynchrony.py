@@ -16,7 +16,9 @@ each with Gaussian 100 ± 1, 200 ± 2 and 400 ± 4 s per local update, and 5 s o
 with σ = 1.5 and median 100 s. Both are drawn anew for every update.
 
 A local update is small, five steps of four rows, as in federations that need many rounds. The less is left to learn
-after one, the less asynchrony gains: what a stale update says, the versions since have learnt already.
+after one, the less asynchrony gains, because what a stale update says the versions since have learnt already: with the
+default twenty steps at 4e-3 it was 1.7 to 2.0 in `steps` (seed 0). And rounds of sixteen bear larger steps than buffers
+of four: with the best η_T2 of 1, 2 and 4 for each (4 and 2), rather than the default 1 for both, it was 1.7.
 """
 
 from __future__ import annotations
