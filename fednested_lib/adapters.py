@@ -3,7 +3,8 @@
     W_e,eff = W_e + (α/r) · B_e·A_e          lora_a = A [r, d_in], lora_b = B [d_out, r]    (LoRA, arXiv 2106.09685)
 
 The design paper writes W + A·Bᵀ: its A is our `lora_b`, its Bᵀ our `lora_a`. A starts uniform in ±1/√d_in from a
-counter generator keyed by (seed, parameter, expert), B starts at zero, so a fresh adapter changes nothing.
+counter generator keyed by (seed, parameter, expert), B starts at zero, so a fresh adapter changes nothing. In mode
+`fixed_a` A is the one of the spec's seed and stays it: only B is trained.
 
 The forward pass is registered in transformers' experts interface as ``fednested_lora``; no model class is subclassed or
 patched. It is one autograd node per layer that keeps its input, the up-projection and the rank-r activations, and makes
@@ -27,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors
+from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors, fixed_factor
 from fednested_lib.errors import ContractError
 from fednested_lib.partition import PROJECTIONS, expert_name, expert_param
 
@@ -65,7 +66,8 @@ class _LayerAdapter:
             _, d_out, d_in = getattr(experts, projection).shape
             # B is kept transposed: its gradient is then a product with long rows, up to four times faster.
             shapes = ((len(expert_ids), rank, d_in), (len(expert_ids), rank, d_out))
-            self.factors[projection] = tuple(nn.Parameter(torch.zeros(shape, device=weight.device)) for shape in shapes)
+            lora_a, lora_b = (nn.Parameter(torch.zeros(shape, device=weight.device)) for shape in shapes)
+            self.factors[projection] = (lora_a.requires_grad_(spec.mode != "fixed_a"), lora_b)
         self.slot_e = torch.full((experts.num_experts,), -1, device=weight.device)
         self.slot_e[list(expert_ids)] = torch.arange(len(expert_ids), device=weight.device)
         self.routed_n = torch.zeros(len(expert_ids), dtype=torch.int64, device=weight.device)
@@ -73,14 +75,17 @@ class _LayerAdapter:
 
     def reset(self, seed: int) -> None:
         for projection, (lora_a, lora_b) in self.factors.items():
-            name = expert_name(self.layer, projection)
             with torch.no_grad():
-                for j, expert in enumerate(self.expert_ids):
-                    initial = _initial_a(seed, name, expert, self.spec.rank, lora_a.shape[2])
-                    lora_a[j, : self.spec.rank] = torch.from_numpy(initial)
+                lora_a[:, : self.spec.rank] = torch.from_numpy(self._first_a(projection, lora_a.shape[2], seed))
                 lora_b.zero_()
         self.routed_n.zero_()
         self.seen_nv.zero_()
+
+    def _first_a(self, projection: str, d_in: int, seed: int) -> np.ndarray:
+        name = expert_name(self.layer, projection)
+        if self.spec.mode == "fixed_a":
+            return fixed_factor(self.spec, name, self.expert_ids, d_in)
+        return np.stack([_initial_a(seed, name, expert, self.spec.rank, d_in) for expert in self.expert_ids])
 
     def route(self, index_nk: Tensor) -> _Route:
         expert_s, order_s = torch.sort(index_nk.reshape(-1), stable=True)
@@ -124,13 +129,13 @@ def _add_low_rank(out_sf: Tensor, x_sd: Tensor, a_nrd: Tensor, b_nrf: Tensor, ro
 
 
 def _low_rank_gradients(
-    grad_sf: Tensor, x_sd: Tensor, low_mr: Tensor, a_nrd: Tensor, b_nrf: Tensor, route: _Route, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of A and B, and of A·x."""
+    grad_sf: Tensor, x_sd: Tensor, low_mr: Tensor, trains_a: bool, b_nrf: Tensor, route: _Route, scale: float
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients of A, if it is trained, and B, and of A·x."""
     grad_mf = route.adapted(grad_sf)
     grad_low_mr = grouped_mm(grad_mf, b_nrf.transpose(1, 2), offs=route.offsets_n).mul_(scale)
     grad_b = grouped_mm(low_mr.t(), grad_mf, offs=route.offsets_n).mul_(scale)
-    grad_a = grouped_mm(grad_low_mr.t(), route.adapted(x_sd), offs=route.offsets_n)
+    grad_a = grouped_mm(grad_low_mr.t(), route.adapted(x_sd), offs=route.offsets_n) if trains_a else None
     return grad_a, grad_b, grad_low_mr
 
 
@@ -169,14 +174,14 @@ class _RoutedExperts(torch.autograd.Function):
             gated_sf = experts._apply_gate(up_sf)
 
         grad_down_a, grad_down_b, grad_low = _low_rank_gradients(
-            grad_sd, gated_sf.detach() * weight_s1, down_low, down_a, down_b, route, scale
+            grad_sd, gated_sf.detach() * weight_s1, down_low, ctx.needs_input_grad[4], down_b, route, scale
         )
         grad_hidden_sf = grouped_mm(grad_sd, experts.down_proj, offs=route.offsets_e)
         _add_input_gradient(grad_hidden_sf, grad_low, down_a, route)
         (grad_up_sf,) = torch.autograd.grad(gated_sf, up_sf, grad_hidden_sf * weight_s1)
 
         grad_up_a, grad_up_b, grad_low = _low_rank_gradients(
-            grad_up_sf, x_nd[route.token_s], up_low, up_a, up_b, route, scale
+            grad_up_sf, x_nd[route.token_s], up_low, ctx.needs_input_grad[2], up_b, route, scale
         )
         grad_x_nd = grad_weight_nk = None
         if ctx.needs_input_grad[0]:
@@ -245,10 +250,10 @@ class RoutedAdapters:
         self.expert_ids: dict[int, tuple[int, ...]] = {adapter.layer: adapter.expert_ids for adapter in layers}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the factors to train: A and Bᵀ, both [n, R, ·], the rank padded with zeros to a multiple of four."""
+        """Yield the factors to train: A and Bᵀ, or Bᵀ alone; [n, R, ·], R padded with zeros to a multiple of four."""
         for adapter in self._layers:
             for projection in PROJECTIONS:
-                yield from adapter.factors[projection]
+                yield from (factor for factor in adapter.factors[projection] if factor.requires_grad)
 
     @property
     def tokens(self) -> dict[int, list[int]]:
@@ -261,7 +266,7 @@ class RoutedAdapters:
         return {adapter.layer: adapter.seen_nv.sum(1).tolist() for adapter in self._layers}
 
     def reset(self, seed: int) -> None:
-        """Start again from B = 0 and A of this seed; counters too."""
+        """Start again from B = 0 and A of this seed (of the spec's in mode `fixed_a`); counters too."""
         for adapter in self._layers:
             adapter.reset(seed)
 

@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fednested_lib.delta import Encoding
+from fednested_lib.delta import Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
@@ -38,8 +38,12 @@ class LogConfig(Section):
 
 
 class AdaptersConfig(Section):
-    """Low-rank adapters: `experts` lists the expert ids adapted in every layer, null means all."""
+    """Low-rank adapters: `experts` lists the expert ids adapted in every layer, null means all.
 
+    `mode` is `lora` (A and B are trained and sent) or `fixed_a` (B alone; A follows from the base version's digest).
+    """
+
+    mode: Mode = "lora"
     rank: int = Field(default=8, ge=1, le=256)
     alpha: float = Field(default=16.0, gt=0, le=1e6)
     experts: list[Annotated[int, Field(ge=0)]] | None = None

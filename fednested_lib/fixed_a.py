@@ -8,8 +8,12 @@ SHA-256("fednested.fixed_a/<seed>/<parameter>/<expert>"). Row i takes words i·d
 twice for full orthogonality, makes it from the rows before it alone: so ranks nest. In fp64, rounded to fp32 once;
 machines may differ in the last bit of it, which a fold does not see.
 
+A device takes the seed from the digest of the version that it starts from (`seed_of`): devices share A without having
+agreed on anything, and every version opens another subspace, so that rank does not bound what rounds learn together.
+
 With A fixed, updates of one base, seed and α/r are linear in B: what secure aggregation and client-level DP need
-(FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). It halves the bytes and costs accuracy (3.912 against 3.794 in a trial).
+(FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). B is (2·F + D)/(3·F + 2·D) of the bytes, D model and F hidden size: 56 %
+in Qwen3-30B-A3B, 64 % in Mixtral 8x7B. It costs accuracy (3.912 against 3.794 in a trial).
 """
 
 from __future__ import annotations
@@ -19,6 +23,15 @@ import hashlib
 import numpy as np
 
 from fednested_lib.errors import PayloadError
+
+
+def seed_of(base_digest: str) -> str:
+    """Return the seed of every A that is trained on a version, 32 hex digits.
+
+    Args:
+        base_digest: of the snapshot.
+    """
+    return hashlib.sha256(f"fednested.fixed_a/{base_digest}".encode()).hexdigest()[:32]
 
 
 def fixed_rows(seed: int, name: str, expert_ids: tuple[int, ...], rank: int, d_in: int) -> np.ndarray:

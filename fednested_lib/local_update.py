@@ -1,8 +1,9 @@
 """One local update, on the side of the device that sees data and needs no network.
 
 A `Job` is its complete input. Rows are a window of the device's own packed text, adapters start afresh from B = 0, the
-seed is H(client, key epoch, sequence): the same job on the same text gives the same factors to the bit. The result goes
-to the spool, the numbers (never text) to `training/<sequence>.json` in the device's home.
+seed is H(client, key epoch, sequence), that of a fixed A the base's: the same job on the same text gives the same
+factors to the bit. The result goes to the spool, the numbers (never text) to `training/<sequence>.json` in the device's
+home.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
 from fednested_lib.envelope import Digest
 from fednested_lib.failpoints import failpoint
+from fednested_lib.fixed_a import seed_of
 from fednested_lib.partition import expert_param
 from fednested_lib.signing import canonical_json
 from fednested_lib.snapshot import SnapshotManifest, build_model, expert_shapes
@@ -180,7 +182,8 @@ class LocalTrainer:
         self._rows = self._pack(manifest)
         self._model = build_model(manifest, self.blobs, experts="fednested_lora")
         how = self.config.adapters
-        spec = AdapterSpec(rank=how.rank, alpha=how.alpha)
+        seed = seed_of(model.base_digest) if how.mode == "fixed_a" else None
+        spec = AdapterSpec(rank=how.rank, alpha=how.alpha, mode=how.mode, seed=seed)
         layers = sorted({expert_param(name)[0] for name in expert_shapes(manifest)})
         chosen = None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))
         self._adapters = attach(self._model, spec, chosen, seed=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fednested_lib.adapters import attach, detach, merge
-from fednested_lib.delta import AdapterSpec
+from fednested_lib.delta import AdapterSpec, fixed_factor
 from fednested_lib.errors import ContractError
 from fednested_lib.partition import PROJECTIONS
 
@@ -178,6 +178,30 @@ def test_seeded_start(make_model):
     assert 0.9 * bound < np.abs(full.factors[name].lora_a).max() <= bound
     assert part.factors[name].lora_a.shape == (2, 3, 48)
     assert part.factors[name].lora_b.shape == (2, 32, 3)
+
+
+def test_fixed_a_trains_b_alone(make_model, family):
+    """In mode fixed_a B gets the gradient that it gets beside a trained A, and A is its seed's before and after."""
+    spec = AdapterSpec(rank=3, alpha=5.0, mode="fixed_a", seed=f"{7:032x}")
+    model = make_model(family)
+    fixed = attach(model, spec, {2: (2, 5)}, seed=1)
+    start = _factors(fixed)
+    trained = list(fixed.parameters())
+    assert [id(b) for _, b in start.values()] == [id(each) for each in trained]
+    _randomise_b(fixed)
+    _loss(model)[1].backward()
+    beside = make_model(family)
+    free = _factors(attach(beside, SPEC, {2: (2, 5)}, seed=1))
+    with torch.no_grad():
+        for name, (lora_a, lora_b) in free.items():
+            lora_a.copy_(start[name][0])
+            lora_b.copy_(start[name][1])
+    _loss(beside)[1].backward()
+    for name, (lora_a, lora_b) in start.items():
+        assert lora_a.grad is None
+        assert torch.equal(lora_b.grad, free[name][1].grad)
+        assert free[name][0].grad.any()
+        assert np.array_equal(fixed.to_delta().factors[name].lora_a, fixed_factor(spec, name, (2, 5), lora_a.shape[2]))
 
 
 def test_stays_out_of_the_state_dict(make_model):

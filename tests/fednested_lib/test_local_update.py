@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from fednested_lib.blobs import BlobStore
 from fednested_lib.config import Tier2Config
 from fednested_lib.errors import DataError
+from fednested_lib.fixed_a import seed_of
 from fednested_lib.local_update import Interrupted, Job, LocalTrainer, Model, job_seed, window
-from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, write_state_dict
+from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
 from fednested_lib.spool import Spool
 
 
@@ -65,6 +67,29 @@ def test_every_update_starts_from_its_own_adapters(trainer):
     assert np.abs(first.lora_a - second.lora_a).max() > 0.1
     assert first.lora_a.tobytes() == again.lora_a.tobytes()
     assert first.lora_b.tobytes() == again.lora_b.tobytes()
+
+
+def test_fixed_a_is_the_same_for_all_updates_of_a_base(trainer, tmp_path):
+    """In mode fixed_a updates of one base share A, whoever makes them; another base has another; B alone is learnt."""
+    name = "model.layers.0.mlp.experts.down_proj"
+    adapters = {"mode": "fixed_a", "rank": 2, "alpha": 4.0}
+    trainer.config = _config(tmp_path, adapters=adapters)
+    (_, declaration, first), (_, _, second) = _trained(trainer, 0), _trained(trainer, 1)
+    assert (declaration.adapter.mode, declaration.adapter.seed) == ("fixed_a", seed_of(trainer.manifest.digest))
+    assert first.factors[name].lora_a.tobytes() == second.factors[name].lora_a.tobytes()
+    assert np.abs(first.factors[name].lora_b - second.factors[name].lora_b).max() > 0
+    assert np.allclose(first.factors[name].lora_a[0] @ first.factors[name].lora_a[0].T, np.eye(2), atol=1e-6)
+    later = replace(trainer.manifest, version=1, blobs=_moved(trainer))
+    trainer.held = Model(version=1, snapshot=trainer.blobs.put(later.to_json()), base_digest=later.digest, chain_seq=1)
+    trainer.manifest = later
+    assert np.abs(_trained(trainer, 2)[2].factors[name].lora_a - first.factors[name].lora_a).max() > 0.01
+
+
+def _moved(trainer: LocalTrainer) -> dict[str, str]:
+    """Return the blobs of the held model with one expert's matrix in another's place."""
+    blobs = dict(trainer.manifest.blobs)
+    first, second = (slice_key("model.layers.0.mlp.experts.down_proj", expert) for expert in (0, 1))
+    return {**blobs, first: blobs[second]}
 
 
 def test_seed_is_of_client_epoch_sequence_and_setting(tmp_path):
