@@ -292,6 +292,7 @@ def _window(log: KafkaLog, bootstrap: str, topic: str, cuts: list[TakenCut], rng
         bootstrap=bootstrap,
         topic=topic,
         log_id=last.log_id if last else "",
+        generation=0,
         offsets=bounds or {str(partition): 0 for partition in log.watermarks(topic)},
         last_offsets={},
         last_digests={},

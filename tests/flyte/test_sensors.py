@@ -41,6 +41,7 @@ def window(**changes: object) -> Window:
         "bootstrap": "memory:sensors",
         "topic": UPDATES,
         "log_id": "",
+        "generation": 0,
         "offsets": {"0": 0, "1": 0, "2": 0},
         "last_offsets": {},
         "last_digests": {},
@@ -187,6 +188,7 @@ def test_a_cut_that_another_loop_was_faster_with_comes_back_empty(config: FlyteF
     for client in ("ann", "bob"):
         Device(fed, client).send()
     taken = kafka_window(window=open_window(config=config))
+    assert keep_cut(config=config, taken=replace(taken, generation=1)).path == ""  # of a log that was given up
     kept = keep_cut(config=config, taken=taken)
     assert fold_updates(fed, kept).n_accepted == 2
     with answer_gates(lambda: "approve"):

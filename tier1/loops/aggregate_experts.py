@@ -47,10 +47,12 @@ def take_updates(fed: Federation) -> CutRef:
 def open_window(fed: Federation, *, now: float) -> Window:
     """Say what a sensor shall wait for, from where head's cut ended; `now` is in seconds since the epoch."""
     state, settings = ensure_genesis(fed), fed.config.window
+    topic, log_id = state.log or (UPDATES, "")
     return Window(
         bootstrap=fed.config.log.servers(),
-        topic=state.last_cut.topic if state.last_cut else UPDATES,
-        log_id=state.last_cut.log_id if state.last_cut else "",
+        topic=topic,
+        log_id=log_id,
+        generation=state.generation,
         offsets=dict(state.offsets),
         last_offsets={partition: offset for partition, (offset, _) in state.last_records.items()},
         last_digests={partition: digest for partition, (_, digest) in state.last_records.items()},
@@ -76,10 +78,11 @@ def keep_cut(fed: Federation, taken: TakenCut) -> CutRef:
         ranges={partition: tuple(bounds) for partition, bounds in taken.ranges.items()},
         records_digest=taken.records_digest,
         n_records=taken.n_records,
+        generation=taken.generation,
     )
-    consumed = fed.chain.state().offsets
-    if not continues(consumed, cut):
-        log.info("aggregate.cut_superseded", ranges=cut.ranges, consumed=dict(consumed))
+    state = fed.chain.state()
+    if not continues(state, cut):
+        log.info("aggregate.cut_superseded", ranges=cut.ranges, consumed=dict(state.offsets))
         return CutRef(path="", n_records=0, topic=cut.topic)
     return _store_cut(fed, cut)
 

@@ -50,6 +50,7 @@ class Window:
         bootstrap: brokers of the update log; FEDNESTED_KAFKA_BOOTSTRAP of the sensor's process wins.
         topic: topic of device updates.
         log_id: identity of the log that the last cut was taken from; empty before the first cut.
+        generation: how many times an operator accepted another log.
         offsets: partition → next offset to consume.
         last_offsets: partition → offset of the last consumed record.
         last_digests: partition → digest of that record, which shows a log that re-used offsets.
@@ -63,6 +64,7 @@ class Window:
     bootstrap: str
     topic: str
     log_id: str
+    generation: int
     offsets: dict[str, int]
     last_offsets: dict[str, int]
     last_digests: dict[str, str]
@@ -85,6 +87,7 @@ class TakenCut:
     ranges: dict[str, list[int]]
     records_digest: str
     n_records: int
+    generation: int
     closed_by: str
 
 

@@ -39,16 +39,12 @@ class Look:
         return text
 
 
-class _Source(NamedTuple):
-    topic: str
-    log_id: str
-
-
 class _Consumed(NamedTuple):
     """What `take_cut` asks of a chain's state, as the window carries it."""
 
     offsets: Mapping[str, int]
-    last_cut: _Source | None
+    generation: int
+    log: tuple[str, str] | None
     last_records: Mapping[str, tuple[int, str]]
 
 
@@ -94,6 +90,7 @@ def cut_window(log: UpdateLog, seen: Look) -> TakenCut:
         ranges={partition: list(bounds) for partition, bounds in cut.ranges.items()},
         records_digest=cut.records_digest,
         n_records=cut.n_records,
+        generation=cut.generation,
         closed_by=seen.closed_by,
     )
 
@@ -101,7 +98,8 @@ def cut_window(log: UpdateLog, seen: Look) -> TakenCut:
 def _cut(log: UpdateLog, window: Window, *, max_updates: int):
     consumed = _Consumed(
         offsets=window.offsets,
-        last_cut=_Source(window.topic, window.log_id) if window.log_id else None,
+        generation=window.generation,
+        log=(window.topic, window.log_id) if window.log_id else None,
         last_records={p: (offset, window.last_digests[p]) for p, offset in window.last_offsets.items()},
     )
     return take_cut(log, consumed, min_updates=1, max_wait_s=0, max_updates=max_updates, topic=window.topic)

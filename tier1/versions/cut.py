@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from fednested_lib.errors import LogError
 from fednested_lib.log import UPDATES, Record, UpdateLog, records_digest
 from tier1.versions.manifest import Cut
-from tier1.versions.state import ChainState
+from tier1.versions.state import Consumed
 
 POLL_S = 0.2
 ACCEPT = "; if what it lost is gone for good, `fednested tier1 accept-log` goes on and devices send again"
@@ -21,7 +21,7 @@ ACCEPT = "; if what it lost is gone for good, `fednested tier1 accept-log` goes 
 
 def take_cut(
     log: UpdateLog,
-    state: ChainState,
+    state: Consumed,
     *,
     min_updates: int,
     max_wait_s: float,
@@ -34,7 +34,7 @@ def take_cut(
 
     Args:
         log: the update log.
-        state: the chain, which knows what has been consumed.
+        state: of the chain, or what it says has been consumed.
         min_updates: K of the buffer, ≥ 1.
         max_wait_s: T of the buffer, seconds.
         max_updates: largest number of records, shared fairly between partitions.
@@ -96,7 +96,7 @@ def read_cut(log: UpdateLog, cut: Cut) -> list[Record]:
     return records
 
 
-def _available(log: UpdateLog, state: ChainState, topic: str) -> dict[str, tuple[int, int]]:
+def _available(log: UpdateLog, state: Consumed, topic: str) -> dict[str, tuple[int, int]]:
     """Return partition → (first offset to consume, end of the log)."""
     available = {}
     watermarks = log.watermarks(topic)
@@ -119,7 +119,7 @@ def _available(log: UpdateLog, state: ChainState, topic: str) -> dict[str, tuple
     return available
 
 
-def _check_last_records(log: UpdateLog, state: ChainState, topic: str) -> None:
+def _check_last_records(log: UpdateLog, state: Consumed, topic: str) -> None:
     """Compare the last consumed record of each partition, where the log still has it, with the chain's digest."""
     watermarks = log.watermarks(topic)
     for partition, (offset, digest) in sorted(state.last_records.items()):

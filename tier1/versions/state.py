@@ -391,6 +391,13 @@ class Place(Protocol):
     generation: int
 
 
+class Consumed(Place, Protocol):
+    """A place in the log, and what shows that it is still the same log."""
+
+    log: tuple[str, str] | None
+    last_records: Mapping[str, tuple[int, str]]
+
+
 def continues(place: Place, cut: Cut) -> bool:
     """Tell whether a cut starts where the chain ended; a partition never consumed may start anywhere."""
     return cut.generation == place.generation and all(
