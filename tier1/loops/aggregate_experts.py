@@ -1,4 +1,4 @@
-"""The fast loop, step by step: take a cut of the update log, verify, weigh, fold.
+"""The fast loop, step by step: take a cut of the update log, verify, probe, weigh, fold.
 
     W_experts ← W_experts + η_T2·ΔW_agg
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -19,6 +20,10 @@ from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import CandidateRef, CutRef
 from tier1.versions.candidates import save_candidate
 from tier1.versions.manifest import Candidate, Cut, Inputs
+
+if TYPE_CHECKING:
+    from fednested_lib.snapshot import SnapshotManifest
+    from tier1.versions.admission import Admission
 
 log = structlog.get_logger()
 TOPIC = "updates.experts.local"
@@ -80,6 +85,8 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         payloads=fed.payloads,
         archive=fed.archive,
     )
+    if settings.probe is not None and admission.updates:
+        admission = probe(fed, state.head.snapshot, admission, settings.probe)
     return fold_candidate(
         state.head,
         Inputs(cut=cut),
@@ -92,6 +99,18 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         authorisation=grant.id,
         lineage=record_fold(fed, cut, grant.id),
     )
+
+
+def probe(fed: Federation, head: SnapshotManifest, admission: Admission, margin: float) -> Admission:
+    """Refuse updates that raise the loss of the suites to first order."""
+    from fednested_lib.snapshot import expert_shapes
+    from tier1.evaluation.probe import descent, probed
+    from tier1.loops.evaluate_and_promote import registered_suites
+
+    settings = fed.config.evaluation
+    suites = {suite.name: suite.path for suite in registered_suites(fed).values()}
+    direction = descent(head, suites, fed.blobs, seq_len=settings.seq_len, max_tokens=settings.max_tokens)
+    return probed(admission, direction, margin=margin, archive=fed.archive, shapes=expert_shapes(head))
 
 
 def record_fold(fed: Federation, cut: Cut, decision_id: str) -> list[str]:

@@ -171,6 +171,7 @@ def _fold_updates(
             stalenesses,
             clips,
             settings,
+            norms=norms,
             trusts=None if trust is None else [trust[client] for client in clients],
             grams=spooled_grams(terms, clips, list(shapes), root),
         )
