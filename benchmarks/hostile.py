@@ -11,9 +11,11 @@ devices nor tier 1 have seen:
 
 The attacks: flipped and scaled updates; NaN; 10¹² tokens claimed for nonsense; replayed records, also signed anew;
 bases that do not exist, digests that are not theirs; two contents for one sequence number; a lone device's write into
-an expert that nobody else adapts (after Bagdasaryan et al. 2020, arXiv 1807.00459); and collusion: "a little is enough"
-(Baruch et al. 2019, arXiv 1902.06156), all three at mean − z·std, and inner product manipulation (Xie et al. 2020, arXiv
-1903.03936), all three at −ε·mean.
+an expert that nobody else adapts (after Bagdasaryan et al. 2020, arXiv 1807.00459); and collusion: "a little is
+enough" (Baruch et al. 2019, arXiv 1902.06156), all three at mean − z·std, and inner product manipulation (Xie et al.
+2020, arXiv 1903.03936), all three at −ε·mean.
+
+More than 100 % is possible: seven honest devices fit their own text better without three others', hostile or not.
 """
 
 from __future__ import annotations
@@ -217,9 +219,7 @@ def _colluding(now: Situation, combine: Callable[[np.ndarray], np.ndarray]) -> l
         n, _, d_in = each[0].lora_a.shape
         dense = combine(np.stack([scale * np.matmul(f.lora_b, f.lora_a, dtype=np.float64) for f in each]))
         eye = np.repeat(np.eye(d_in, dtype=np.float32)[None], n, axis=0)
-        factors[name] = ExpertFactors(
-            expert_ids=each[0].expert_ids, lora_a=eye, lora_b=dense.astype(np.float32)
-        )
+        factors[name] = ExpertFactors(expert_ids=each[0].expert_ids, lora_a=eye, lora_b=dense.astype(np.float32))
     delta = Delta(spec=AdapterSpec(rank=d_in, alpha=float(d_in)), factors=factors)
     return [now.sign(client, delta, now.own[client].routed) for client in now.hostile]
 
@@ -400,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
-    parser.add_argument("--aggregation", type=json.loads, default=None, help="settings as JSON; default: a new workspace's")
+    parser.add_argument("--aggregation", type=json.loads, help="settings as JSON; default: those of a new workspace")
     options = parser.parse_args(arguments)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     found = [

@@ -98,7 +98,7 @@ class World:
         sizes: how large.
     """
 
-    def __init__(self, directory: Path, seed: int, sizes: Sizes = Sizes()):  # noqa: B008  frozen
+    def __init__(self, directory: Path, seed: int, sizes: Sizes = Sizes()):
         self.directory, self.seed, self.sizes = directory, seed, sizes
         self.corpus = plays.prepare(directory / "text", seed, n_devices=sizes.n_devices)
         self.clients = sorted(self.corpus.devices)
@@ -126,9 +126,7 @@ class World:
         if key not in self._judged:
             tokenizer, limits = fed.blobs.get(view.snapshot.tokenizer), fed.config.evaluation
             model = build_model(view.snapshot, fed.blobs)
-            found = evaluate(
-                model, self.judges, tokenizer, seq_len=limits.seq_len, max_tokens=self.sizes.judge_tokens
-            )
+            found = evaluate(model, self.judges, tokenizer, seq_len=limits.seq_len, max_tokens=self.sizes.judge_tokens)
             self._judged[key] = {client: result.nats_per_token for client, result in found.items()}
         return self._judged[key]
 
@@ -190,7 +188,10 @@ class World:
         )
         # A copy: the adapter may hand out its own memory, which the next device trains in.
         trained = Trained(
-            delta=copy.deepcopy(adapters.to_delta()), routed=adapters.tokens, distinct=adapters.distinct_tokens, n_rows=len(text)
+            delta=copy.deepcopy(adapters.to_delta()),
+            routed=adapters.tokens,
+            distinct=adapters.distinct_tokens,
+            n_rows=len(text),
         )
         if rows is None:
             self._trained[key] = trained

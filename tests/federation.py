@@ -15,7 +15,8 @@ from fednested_lib.partition import expert_param
 from fednested_lib.signing import Signer, sha256_hex
 from fednested_lib.snapshot import expert_shapes
 from tier1.federation import Federation, open_federation
-from tier1.workspace import create_workspace
+from tier1.versions.settings import AggregationSettings
+from tier1.workspace import AGGREGATION, create_workspace
 
 TOPIC = "updates.experts.local"
 PHRASE = "the king and queen of night did speak to all good lords about love war gold storm ship crown sword field"
@@ -58,6 +59,8 @@ def make_workspace(
         "model": {"family": "mixtral", "vocab_size": 300, "config": SMALL_MODEL},
         "core": {"steps": 6, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-3, "threads": 1},
         "window": {"min_updates": 1, "max_wait_s": 0.0},
+        # Updates here are random: a probe would refuse every second one.
+        "aggregation": {name: getattr(AggregationSettings(), name) for name in AGGREGATION},
         "evaluation": {"max_tokens": 512, "seq_len": 16, "max_regression": 0.5},
     }
     for section, values in overrides.items():

@@ -15,12 +15,16 @@ by the updates of one client, so that sending its data in five parts gains it no
 k_d = min(1, C / ‖ΔW_d‖_F) and t_{d,e} = min(N_{d,e}, cap). Rules count devices as well: updates of one client are
 judged as one, their mean in proportion to their priors, and share the weight it gets in the same proportion.
 
-What is too much can be said in numbers, and in what is usual among the devices of the cut, fewer than half of which lie:
+What is too much can be said in numbers, and in what is usual among the devices of the cut, of which fewer than half
+lie:
 
-    C_e   = min(max_expert_norm, norm_ratio · med_c(‖k·ΔW_c‖ / √n_c))     n_c: experts that device c covers
-    cap_e = min(token_cap, token_ratio · med_c(Σ N_{c,e}))                 over the devices that cover e
+    u     = med_c(‖ΔW_c‖ / √n_c)                                          n_c: experts that device c covers
+    C_c   = min(max_norm, norm_ratio · u · √n_c)                          of a device, all experts together
+    C_e   = min(max_expert_norm, expert_norm_ratio · u)                   of a device, one expert
+    cap_e = min(token_cap, token_ratio · med_c(Σ N_{c,e}))                over the devices that cover e
 
-med is the lower median, so that of two devices the louder does not judge itself.
+med is the lower median, so that of two devices the louder does not judge itself. √n_c: whoever adapts one expert alone
+has one expert's share to spend on it.
 
 The discount is (1 + τ)^(−exponent), a hinge 1/(1 + slope·max(0, τ − delay)) or 1 (Xie et al. 2019, arXiv 1903.03934).
 The rule normalises; the mass puts back what that erases, whatever the rule: a uniformly stale buffer takes a smaller
@@ -75,11 +79,16 @@ def clip_factor(norm: float, max_norm: float) -> float:
 
 def clip_factors(clients: Sequence[str], norms: Sequence[float], max_norm: float) -> list[float]:
     """Return k_d per update: all updates of a client get the factor of their joint norm."""
+    return [clip_factor(length, max_norm) for length in joint_norms(clients, norms)]
+
+
+def joint_norms(clients: Sequence[str], norms: Sequence[float]) -> list[float]:
+    """Return, per update, the joint norm of all updates of its client."""
     joint = {
         client: _joint_norm([norm for other, norm in zip(clients, norms, strict=True) if other == client])
         for client in set(clients)
     }
-    return [clip_factor(joint[client], max_norm) for client in clients]
+    return [joint[client] for client in clients]
 
 
 def _joint_norm(norms: Sequence[float]) -> float:
@@ -88,28 +97,57 @@ def _joint_norm(norms: Sequence[float]) -> float:
     return largest * math.sqrt(math.fsum((norm / largest) ** 2 for norm in norms)) if largest > 0 else 0.0
 
 
+def usual_norm(clients: Sequence[str], norms: Sequence[float], tokens: Sequence[Mapping[Expert, int]]) -> float:
+    """Return u, the lower median over devices of what they changed per expert they cover.
+
+    Args:
+        clients: per update, the device that sent it.
+        norms: per update, ‖ΔW‖.
+        tokens: per update, declared tokens per expert; an expert with none is not covered.
+    """
+    changes = dict(zip(clients, joint_norms(clients, norms), strict=True))
+    spans = _spans(clients, tokens)
+    return median_low(changes[client] / math.sqrt(spans[client]) for client in changes)
+
+
+def device_clips(
+    clients: Sequence[str],
+    norms: Sequence[float],
+    tokens: Sequence[Mapping[Expert, int]],
+    settings: AggregationSettings,
+) -> list[float]:
+    """Return k_d per update: by `max_norm`, then by what is usual in the cut; arguments as of `usual_norm`."""
+    clips = clip_factors(clients, norms, settings.max_norm)
+    if settings.norm_ratio is None or not clips:
+        return clips
+    clipped = [k * norm for k, norm in zip(clips, norms, strict=True)]
+    spans, bound = _spans(clients, tokens), settings.norm_ratio * usual_norm(clients, clipped, tokens)
+    lengths = joint_norms(clients, clipped)
+    return [
+        k * clip_factor(length, bound * math.sqrt(spans[client]))
+        for k, length, client in zip(clips, lengths, clients, strict=True)
+    ]
+
+
 def expert_bound(
     clients: Sequence[str],
     norms: Sequence[float],
     tokens: Sequence[Mapping[Expert, int]],
     settings: AggregationSettings,
 ) -> float | None:
-    """Return C_e, the largest norm of a device's update of one expert; None: unbounded.
-
-    Args:
-        clients: per update, the device that sent it.
-        norms: per update, ‖k·ΔW‖.
-        tokens: per update, declared tokens per expert; an expert with none is not covered.
-        settings: `max_expert_norm` and `norm_ratio`.
-    """
-    if settings.norm_ratio is None:
+    """Return C_e; None: unbounded. Arguments as of `usual_norm`, norms after `device_clips`."""
+    if settings.expert_norm_ratio is None or not clients:
         return settings.max_expert_norm
-    usual = []
-    for client in set(clients):
-        mine = [i for i, other in enumerate(clients) if other == client]
-        covered = {expert for i in mine for expert, count in tokens[i].items() if count > 0}
-        usual.append(_joint_norm([norms[i] for i in mine]) / math.sqrt(max(len(covered), 1)))
-    return min(settings.norm_ratio * median_low(usual), settings.max_expert_norm or math.inf)
+    usual = settings.expert_norm_ratio * usual_norm(clients, norms, tokens)
+    return min(usual, settings.max_expert_norm or math.inf)
+
+
+def _spans(clients: Sequence[str], tokens: Sequence[Mapping[Expert, int]]) -> dict[str, int]:
+    """Return how many experts each device covers, at least 1."""
+    covered: dict[str, set[Expert]] = {client: set() for client in clients}
+    for client, counts in zip(clients, tokens, strict=True):
+        covered[client] |= {expert for expert, count in counts.items() if count > 0}
+    return {client: max(1, len(experts)) for client, experts in covered.items()}
 
 
 def token_bound(clients: Sequence[str], tokens: Sequence[int], settings: AggregationSettings) -> float:
@@ -179,7 +217,7 @@ def weigh(
         stalenesses: per update, heads between its base and the parent of the fold, ≥ 0.
         clips: per update, k_d.
         settings: the pipeline.
-        norms: per update, ‖ΔW‖ before the clip; needed by `norm_ratio`.
+        norms: per update, ‖ΔW‖ before the clip; needed by `expert_norm_ratio`.
         trusts: per update, trust in its client in [0, 1]; 1 if absent.
         grams: the Gram engine over clipped updates k_d·ΔW_d; needed by rules that compare updates, by bounds per expert
             and of the step, and to measure.
@@ -187,7 +225,7 @@ def weigh(
     Raises:
         ConfigError: the rule is unknown, out of bounds, or returned no weights.
     """
-    assert norms is not None or settings.norm_ratio is None, "this pipeline compares norms"
+    assert norms is not None or settings.expert_norm_ratio is None, "this pipeline compares norms"
     clipped = [k * norm for k, norm in zip(clips, norms or [0.0] * len(clips), strict=True)]
     bound = expert_bound(clients, clipped, tokens, settings)
     chosen, ledger = choose(settings), _Ledger(len(tokens), bound)
@@ -218,7 +256,7 @@ def measures(settings: AggregationSettings, chosen: Chosen) -> bool:
 
 def needs_gram(settings: AggregationSettings, chosen: Chosen) -> bool:
     """Tell whether this pipeline compares updates at all; the weighted mean with its defaults does not."""
-    bounds = (settings.max_expert_norm, settings.norm_ratio, settings.max_step_norm)
+    bounds = (settings.max_expert_norm, settings.expert_norm_ratio, settings.max_step_norm)
     return measures(settings, chosen) or any(bound is not None for bound in bounds)
 
 

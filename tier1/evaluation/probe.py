@@ -64,9 +64,7 @@ def _backward(model: nn.Module, rows: np.ndarray, weight: float) -> None:
     for start in range(0, len(rows), BATCH_ROWS):
         batch = torch.from_numpy(rows[start : start + BATCH_ROWS].astype(np.int64)).to(model.device)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        nats = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
-        )
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
         (weight * nats).backward()
 
 
@@ -95,7 +93,9 @@ def cosine(direction: Gradient, delta: Delta, covered: Container[tuple[int, int]
     return math.fsum(units) / (length * math.sqrt(len(units))) if units and length > 0 else 0.0
 
 
-def probed(admission: Admission, direction: Gradient, *, margin: float, archive: BlobStore, shapes: Shapes) -> Admission:
+def probed(
+    admission: Admission, direction: Gradient, *, margin: float, archive: BlobStore, shapes: Shapes
+) -> Admission:
     """Move the updates whose cosine to `direction` is below −margin to the refused, as `harmful`.
 
     Raises:
