@@ -95,14 +95,15 @@ class Device:
         rank: int = 2,
         tokens: int = 256,
         sequence: int | None = None,
+        delta: Delta | None = None,
         **changes,
     ):
-        """Append one update to the log and return its envelope; `changes` override envelope fields."""
+        """Append one update (random unless given) and return its envelope; `changes` override envelope fields."""
         state = self.fed.chain.state()
         view = state.champion if base is None else state.versions[base]
         if sequence is None:
             sequence, self.sequence = self.sequence, self.sequence + 1
-        delta = random_delta(view.snapshot, seed=_seed(self.client, sequence), size=size, rank=rank)
+        delta = delta or random_delta(view.snapshot, seed=_seed(self.client, sequence), size=size, rank=rank)
         payload = encode(delta, seed=_seed(self.client, sequence))
         layers = {expert_param(name)[0]: factors.expert_ids for name, factors in delta.factors.items()}
         fields = {

@@ -86,7 +86,7 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         archive=fed.archive,
     )
     if settings.probe is not None and admission.updates:
-        admission = probe(fed, state.head.snapshot, admission, settings.probe)
+        admission = probe(fed, state.head.snapshot, admission)
     return fold_candidate(
         state.head,
         Inputs(cut=cut),
@@ -101,16 +101,22 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
     )
 
 
-def probe(fed: Federation, head: SnapshotManifest, admission: Admission, margin: float) -> Admission:
-    """Refuse updates that raise the loss of the suites to first order."""
-    from fednested_lib.snapshot import expert_shapes
-    from tier1.evaluation.probe import descent, probed
+def probe(fed: Federation, head: SnapshotManifest, admission: Admission) -> Admission:
+    """Refuse updates that raise the loss of the suites."""
+    from tier1.evaluation.probe import probed
     from tier1.loops.evaluate_and_promote import registered_suites
 
-    settings = fed.config.evaluation
-    suites = {suite.name: suite.path for suite in registered_suites(fed).values()}
-    direction = descent(head, suites, fed.blobs, seq_len=settings.seq_len, max_tokens=settings.max_tokens)
-    return probed(admission, direction, margin=margin, archive=fed.archive, shapes=expert_shapes(head))
+    limits = fed.config.evaluation
+    return probed(
+        admission,
+        head,
+        {suite.name: suite.path for suite in registered_suites(fed).values()},
+        fed.config.aggregation,
+        blobs=fed.blobs,
+        archive=fed.archive,
+        seq_len=limits.seq_len,
+        max_tokens=limits.max_tokens,
+    )
 
 
 def record_fold(fed: Federation, cut: Cut, decision_id: str) -> list[str]:
