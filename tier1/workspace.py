@@ -44,8 +44,8 @@ HEADER = """\
 # of the gain, and without any the pipeline keeps at least 98 % of what the weighted mean gains.
 AGGREGATION: dict[str, Any] = {
     "probe": 0.01,
-    "norm_ratio": 1.0,
-    "expert_norm_ratio": 1.5,
+    "norm_ratio": 1.1,
+    "expert_norm_ratio": 2.0,
     "token_ratio": 1.0,
     "min_coverage": 2,
 }
