@@ -16,7 +16,8 @@ from fednested_lib.partition import expert_param
 from fednested_lib.signing import Signer, sha256_hex
 from fednested_lib.snapshot import expert_shapes
 from tier1.federation import Federation, open_federation
-from tier1.workspace import create_workspace
+from tier1.versions.settings import AggregationSettings
+from tier1.workspace import AGGREGATION, create_workspace
 
 PHRASE = "the king and queen of night did speak to all good lords about love war gold storm ship crown sword field"
 WORDS = PHRASE.split()
@@ -58,6 +59,8 @@ def make_workspace(
         "model": {"family": "mixtral", "vocab_size": 300, "config": SMALL_MODEL},
         "core": {"steps": 6, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-3, "threads": 1},
         "window": {"min_updates": 1, "max_wait_s": 0.0},
+        # Updates here are random: a probe would refuse every second one.
+        "aggregation": {name: getattr(AggregationSettings(), name) for name in AGGREGATION},
         "evaluation": {"max_tokens": 512, "seq_len": 16, "max_regression": 0.5},
     }
     for section, values in overrides.items():
@@ -92,14 +95,15 @@ class Device:
         rank: int = 2,
         tokens: int = 256,
         sequence: int | None = None,
+        delta: Delta | None = None,
         **changes,
     ):
-        """Append one update to the log and return its envelope; `changes` override envelope fields."""
+        """Append one update (random unless given) and return its envelope; `changes` override envelope fields."""
         state = self.fed.chain.state()
         view = state.champion if base is None else state.versions[base]
         if sequence is None:
             sequence, self.sequence = self.sequence, self.sequence + 1
-        delta = random_delta(view.snapshot, seed=_seed(self.client, sequence), size=size, rank=rank)
+        delta = delta or random_delta(view.snapshot, seed=_seed(self.client, sequence), size=size, rank=rank)
         payload = encode(delta, seed=_seed(self.client, sequence))
         layers = {expert_param(name)[0]: factors.expert_ids for name, factors in delta.factors.items()}
         fields = {

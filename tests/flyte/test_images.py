@@ -83,8 +83,8 @@ from tier1.federation import open_log
 from fednested_lib.config import LogConfig
 from tier1.loops.records import Window
 open_log(LogConfig(bootstrap="memory:x")).create_topics({"t": 1})
-window = Window(bootstrap="memory:x", topic="t", log_id="", generation=0, offsets={"0": 0}, last_offsets={}, last_digests={},
-                opened_at=0.0, min_updates=1, max_wait_s=1.0, max_bytes=1, max_updates=1)
+window = Window(bootstrap="memory:x", topic="t", log_id="", generation=0, offsets={"0": 0}, last_offsets={},
+                last_digests={}, opened_at=0.0, min_updates=1, max_wait_s=1.0, max_bytes=1, max_updates=1)
 print(KafkaWindowConnector().get(WindowMeta(window=window)).outputs["o0"])
 """
     done = subprocess.run(

@@ -75,7 +75,7 @@ def choose(settings: AggregationSettings) -> Chosen:
         name: _checked(settings.rule, name, bound, settings.rule_options.get(name, bound.default))
         for name, bound in rule.options.items()
     }
-    for field in ("max_expert_norm", "max_step_norm", "measure"):
+    for field in ("max_expert_norm", "expert_norm_ratio", "max_step_norm", "measure"):
         if rule.dense and getattr(settings, field):
             raise ConfigError(
                 f"aggregation.{field} needs a Gram matrix, which rule {settings.rule} does not have: remove it or "

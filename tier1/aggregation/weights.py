@@ -3,8 +3,8 @@
 For update d of client c(d) and expert e, with N_{d,e} declared tokens, staleness τ_d and ΔW_d over all experts the
 update covers; sums over c(d) run over all updates of the same client in the cut:
 
-    k_d     = min(1, C / √(Σ_{c(d)} ‖ΔW‖²_F))                          clip (optionally per expert too)
-    t_{d,e} = N_{d,e} · min(1, cap / Σ_{c(d)} N_{·,e})                 tokens that count
+    k_d     = min(1, C / √(Σ_{c(d)} ‖ΔW‖²_F))                          clip (optionally per expert too: k_{d,e})
+    t_{d,e} = N_{d,e} · min(1, cap_e / Σ_{c(d)} N_{·,e})               tokens that count
     p_{d,e} = t_{d,e} · discount(τ_d) · trust_{c(d)}                   prior
     a_{·,e} = rule(G′_e, p_{·,e}),  Σ_d a_{d,e} = 1,  G′ = k kᵀ ∘ G    rule (`rules.py`); weighted mean: a = p / Σp
     mass_e  = min(1, n_e / k_min) · Σ_d p_{d,e} / max(Σ_d t_{d,e}, m_min)
@@ -14,6 +14,17 @@ The bounds are a device's, not an update's: C, the cap and the place in n_e (dis
 by the updates of one client, so that sending its data in five parts gains it nothing. With one update per client
 k_d = min(1, C / ‖ΔW_d‖_F) and t_{d,e} = min(N_{d,e}, cap). Rules count devices as well: updates of one client are
 judged as one, their mean in proportion to their priors, and share the weight it gets in the same proportion.
+
+What is too much can be said in numbers, and in what is usual among the devices of the cut, of which fewer than half
+lie:
+
+    u     = med_c(‖ΔW_c‖ / √n_c)                                          n_c: experts that device c covers
+    C_c   = min(max_norm, norm_ratio · u · √n_c)                          of a device, all experts together
+    C_e   = min(max_expert_norm, expert_norm_ratio · u)                   of a device, one expert
+    cap_e = min(token_cap, token_ratio · med_c(Σ N_{c,e}))                over the devices that cover e
+
+med is the lower median, so that of two devices the louder does not judge itself. √n_c: whoever adapts one expert alone
+has one expert's share to spend on it.
 
 The discount is (1 + τ)^(−exponent), a hinge 1/(1 + slope·max(0, τ − delay)) or 1 (Xie et al. 2019, arXiv 1903.03934).
 The rule normalises; the mass puts back what that erases, whatever the rule: a uniformly stale buffer takes a smaller
@@ -29,6 +40,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 import numpy as np
 
@@ -67,11 +79,16 @@ def clip_factor(norm: float, max_norm: float) -> float:
 
 def clip_factors(clients: Sequence[str], norms: Sequence[float], max_norm: float) -> list[float]:
     """Return k_d per update: all updates of a client get the factor of their joint norm."""
+    return [clip_factor(length, max_norm) for length in joint_norms(clients, norms)]
+
+
+def joint_norms(clients: Sequence[str], norms: Sequence[float]) -> list[float]:
+    """Return, per update, the joint norm of all updates of its client."""
     joint = {
         client: _joint_norm([norm for other, norm in zip(clients, norms, strict=True) if other == client])
         for client in set(clients)
     }
-    return [clip_factor(joint[client], max_norm) for client in clients]
+    return [joint[client] for client in clients]
 
 
 def _joint_norm(norms: Sequence[float]) -> float:
@@ -80,7 +97,67 @@ def _joint_norm(norms: Sequence[float]) -> float:
     return largest * math.sqrt(math.fsum((norm / largest) ** 2 for norm in norms)) if largest > 0 else 0.0
 
 
-def counted_tokens(clients: Sequence[str], tokens: Sequence[int], token_cap: int) -> list[float]:
+def usual_norm(clients: Sequence[str], norms: Sequence[float], tokens: Sequence[Mapping[Expert, int]]) -> float:
+    """Return u, the lower median over devices of what they changed per expert they cover.
+
+    Args:
+        clients: per update, the device that sent it.
+        norms: per update, ‖ΔW‖.
+        tokens: per update, declared tokens per expert; an expert with none is not covered.
+    """
+    changes = dict(zip(clients, joint_norms(clients, norms), strict=True))
+    spans = _spans(clients, tokens)
+    return median_low(changes[client] / math.sqrt(spans[client]) for client in changes)
+
+
+def device_clips(
+    clients: Sequence[str],
+    norms: Sequence[float],
+    tokens: Sequence[Mapping[Expert, int]],
+    settings: AggregationSettings,
+) -> list[float]:
+    """Return k_d per update: by `max_norm`, then by what is usual in the cut; arguments as of `usual_norm`."""
+    clips = clip_factors(clients, norms, settings.max_norm)
+    if settings.norm_ratio is None or not clips:
+        return clips
+    clipped = [k * norm for k, norm in zip(clips, norms, strict=True)]
+    spans, bound = _spans(clients, tokens), settings.norm_ratio * usual_norm(clients, clipped, tokens)
+    lengths = joint_norms(clients, clipped)
+    return [
+        k * clip_factor(length, bound * math.sqrt(spans[client]))
+        for k, length, client in zip(clips, lengths, clients, strict=True)
+    ]
+
+
+def expert_bound(
+    clients: Sequence[str],
+    norms: Sequence[float],
+    tokens: Sequence[Mapping[Expert, int]],
+    settings: AggregationSettings,
+) -> float | None:
+    """Return C_e; None: unbounded. Arguments as of `usual_norm`, norms after `device_clips`."""
+    if settings.expert_norm_ratio is None or not clients:
+        return settings.max_expert_norm
+    usual = settings.expert_norm_ratio * usual_norm(clients, norms, tokens)
+    return min(usual, settings.max_expert_norm or math.inf)
+
+
+def _spans(clients: Sequence[str], tokens: Sequence[Mapping[Expert, int]]) -> dict[str, int]:
+    """Return how many experts each device covers, at least 1."""
+    covered: dict[str, set[Expert]] = {client: set() for client in clients}
+    for client, counts in zip(clients, tokens, strict=True):
+        covered[client] |= {expert for expert, count in counts.items() if count > 0}
+    return {client: max(1, len(experts)) for client, experts in covered.items()}
+
+
+def token_bound(clients: Sequence[str], tokens: Sequence[int], settings: AggregationSettings) -> float:
+    """Return cap_e, the most tokens that a device counts for on one expert."""
+    if settings.token_ratio is None:
+        return settings.token_cap
+    return min(settings.token_cap, settings.token_ratio * median_low(_totals(clients, tokens).values()))
+
+
+def counted_tokens(clients: Sequence[str], tokens: Sequence[int], token_cap: float) -> list[float]:
     """Return t_{d,e} of one expert: a client above the cap shares it among its updates in proportion."""
     totals = _totals(clients, tokens)
     return [
@@ -116,7 +193,8 @@ def mass(
     """Return mass_e in [0, 1] of one expert over the updates that cover it."""
     totals = _totals(clients, tokens)
     coverage = min(1.0, len(totals) / settings.min_coverage)
-    capped = sum(min(total, settings.token_cap) for total in totals.values())
+    cap = token_bound(clients, tokens, settings)
+    capped = sum(min(total, cap) for total in totals.values())
     return coverage * math.fsum(priors) / max(capped, settings.min_mass_tokens)
 
 
@@ -127,6 +205,7 @@ def weigh(
     clips: Sequence[float],
     settings: AggregationSettings,
     *,
+    norms: Sequence[float] | None = None,
     trusts: Sequence[float] | None = None,
     grams: Grams | None = None,
 ) -> Weighing:
@@ -138,6 +217,7 @@ def weigh(
         stalenesses: per update, heads between its base and the parent of the fold, ≥ 0.
         clips: per update, k_d.
         settings: the pipeline.
+        norms: per update, ‖ΔW‖ before the clip; needed by `expert_norm_ratio`.
         trusts: per update, trust in its client in [0, 1]; 1 if absent.
         grams: the Gram engine over clipped updates k_d·ΔW_d; needed by rules that compare updates, by bounds per expert
             and of the step, and to measure.
@@ -145,15 +225,19 @@ def weigh(
     Raises:
         ConfigError: the rule is unknown, out of bounds, or returned no weights.
     """
-    chosen, ledger = choose(settings), _Ledger(len(tokens))
+    assert norms is not None or settings.expert_norm_ratio is None, "this pipeline compares norms"
+    clipped = [k * norm for k, norm in zip(clips, norms or [0.0] * len(clips), strict=True)]
+    bound = expert_bound(clients, clipped, tokens, settings)
+    chosen, ledger = choose(settings), _Ledger(len(tokens), bound)
     for experts, covering in _units(tokens, settings.scope):
         owners = [clients[i] for i in covering]
         priors, masses = {}, {}
         for expert in experts:
             counts = [tokens[i][expert] for i in covering]
+            counted = counted_tokens(owners, counts, token_bound(owners, counts, settings))
             priors[expert] = [
                 prior(count, stalenesses[i], settings, 1.0 if trusts is None else trusts[i])
-                for i, count in zip(covering, counted_tokens(owners, counts, settings.token_cap), strict=True)
+                for i, count in zip(covering, counted, strict=True)
             ]
             masses[expert] = mass(owners, counts, priors[expert], settings)
         gram = None
@@ -172,7 +256,7 @@ def measures(settings: AggregationSettings, chosen: Chosen) -> bool:
 
 def needs_gram(settings: AggregationSettings, chosen: Chosen) -> bool:
     """Tell whether this pipeline compares updates at all; the weighted mean with its defaults does not."""
-    bounds = (settings.max_expert_norm, settings.max_step_norm)
+    bounds = (settings.max_expert_norm, settings.expert_norm_ratio, settings.max_step_norm)
     return measures(settings, chosen) or any(bound is not None for bound in bounds)
 
 
@@ -221,7 +305,8 @@ def _with_root(gram: Gram, settings: AggregationSettings, devices: Sequence[str]
 class _Ledger:
     """Collects weights unit by unit, and the sums that cosines, distances and the step's norm are made of."""
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, expert_bound: float | None):
+        self.expert_bound = expert_bound
         self.weights: list[dict[Expert, float]] = [{} for _ in range(n)]
         self.by_block: set[Expert] = set()
         self.inner, self.own2, self.aggregate2, self.distance2 = (np.zeros(n) for _ in range(4))
@@ -240,8 +325,8 @@ class _Ledger:
         settings: AggregationSettings,
     ) -> None:
         k = np.asarray(clips, dtype=np.float64)
-        if gram is not None and settings.max_expert_norm is not None:
-            extra = np.array(clip_factors(owners, gram.norms.tolist(), settings.max_expert_norm))
+        if gram is not None and self.expert_bound is not None:
+            extra = np.array(clip_factors(owners, gram.norms.tolist(), self.expert_bound))
             k, gram = k * extra, gram.scaled(extra)
         shares, by_block = _shares(chosen, owners, priors, gram, settings)
         if by_block:

@@ -1,4 +1,4 @@
-"""The fast loop, step by step: take a cut of the update log, verify, weigh, fold.
+"""The fast loop, step by step: take a cut of the update log, verify, probe, weigh, fold.
 
     W_experts ← W_experts + η_T2·ΔW_agg
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -20,6 +21,10 @@ from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import CandidateRef, CutRef, TakenCut, Window
 from tier1.versions.candidates import save_candidate
 from tier1.versions.manifest import Candidate, Cut, Inputs
+
+if TYPE_CHECKING:
+    from fednested_lib.snapshot import SnapshotManifest
+    from tier1.versions.admission import Admission
 
 log = structlog.get_logger()
 
@@ -127,6 +132,8 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         payloads=fed.payloads,
         archive=fed.archive,
     )
+    if settings.probe is not None and admission.updates:
+        admission = probe(fed, state.head.snapshot, admission)
     return fold_candidate(
         state.head,
         Inputs(cut=cut),
@@ -138,6 +145,24 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         trainer=fed.config.identity.principal,
         authorisation=grant.id,
         lineage=record_fold(fed, cut, grant.id),
+    )
+
+
+def probe(fed: Federation, head: SnapshotManifest, admission: Admission) -> Admission:
+    """Refuse updates that raise the loss of the suites."""
+    from tier1.evaluation.probe import probed
+    from tier1.loops.evaluate_and_promote import registered_suites
+
+    limits = fed.config.evaluation
+    return probed(
+        admission,
+        head,
+        {suite.name: suite.path for suite in registered_suites(fed).values()},
+        fed.config.aggregation,
+        blobs=fed.blobs,
+        archive=fed.archive,
+        seq_len=limits.seq_len,
+        max_tokens=limits.max_tokens,
     )
 
 

@@ -18,7 +18,7 @@ import structlog
 from fednested_lib.errors import ChainConflict, GovernanceError, PromotionBlocked
 from fednested_lib.failpoints import failpoint
 from tier1.evaluation.gate import judge
-from tier1.evaluation.suites import SuiteRegistry, SuiteResult
+from tier1.evaluation.suites import Suite, SuiteRegistry, SuiteResult
 from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput, parse_decision
 from tier1.governance.ports import AccessDecision, AccessRequest
@@ -143,16 +143,21 @@ def measure(fed: Federation, snapshot) -> dict[str, SuiteResult]:
     from tier1.evaluation.measured import measure_snapshot
 
     settings = fed.config.evaluation
-    registry = SuiteRegistry(fed.home / "suites")
-    registry.register(settings.suites)
     return measure_snapshot(
         snapshot,
-        registry.suites(),
+        registered_suites(fed),
         fed.blobs,
         seq_len=settings.seq_len,
         max_tokens=settings.max_tokens,
         reports=fed.home / "reports",
     )
+
+
+def registered_suites(fed: Federation) -> dict[str, Suite]:
+    """Return every suite that was ever registered, those of the configuration included."""
+    registry = SuiteRegistry(fed.home / "suites")
+    registry.register(fed.config.evaluation.suites)
+    return registry.suites()
 
 
 def waiting_versions(fed: Federation) -> list[tuple[int, str]]:

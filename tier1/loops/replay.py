@@ -121,8 +121,14 @@ def _audit_line(row: AuditRow) -> str:
     return (
         f"  accepted  {row.source}  {row.who} #{row.sequence}  "
         f"base v{row.base_version}  staleness {row.staleness}  tokens {row.tokens}  "
-        f"norm {row.norm:.4f}  clip {row.clip:.3f}  weight {row.weight:.5f}"
+        f"norm {row.norm:.4f}  clip {row.clip:.3f}  weight {row.weight:.5f}{_standing(row)}"
     )
+
+
+def _standing(row: AuditRow) -> str:
+    """Say how an update stands to the others, where that was recorded."""
+    found = {"trust": row.trust, "cosine": row.cosine, "distance": row.distance}
+    return "".join(f"  {name} {value:.3f}" for name, value in found.items() if value is not None)
 
 
 def chain_lines(fed: Federation) -> Iterator[str]:

@@ -75,7 +75,9 @@ def contributors_html(fed: Federation, made: Settled | CandidateRef) -> str:
         )
     accepted = "".join(
         f"<tr><td>{escape(row.client_id)}</td><td>{row.sequence}</td><td>v{row.base_version}</td>"
-        f"<td>{row.staleness}</td><td>{row.tokens}</td><td>{row.norm:.3f}</td><td>{row.clip:.3f}</td><td>{row.weight:.4f}</td><td>{row.payload_bytes}</td></tr>"
+        f"<td>{row.staleness}</td><td>{row.tokens}</td><td>{row.norm:.3f}</td><td>{row.clip:.3f}</td>"
+        f"<td>{row.weight:.4f}</td><td>{_number(row.trust)}</td><td>{_number(row.cosine)}</td>"
+        f"<td>{_number(row.distance)}</td><td>{row.payload_bytes}</td></tr>"
         for row in candidate.accepted[:MAX_ROWS]
     )
     refused = "".join(
@@ -84,7 +86,8 @@ def contributors_html(fed: Federation, made: Settled | CandidateRef) -> str:
         for row in candidate.refused[:MAX_ROWS]
     )
     counts = f"<h3>{len(candidate.accepted)} accepted, {len(candidate.refused)} refused</h3>"
-    columns = ("client", "sequence", "base", "staleness", "tokens", "norm", "clip", "weight", "bytes")
+    columns = ("client", "sequence", "base", "staleness", "tokens", "norm", "clip", "weight")
+    columns += ("trust", "cosine", "distance", "bytes")
     text = f"{counts}<table>{_head(columns)}{accepted}</table>"
     if refused:
         text += f"<table>{_head(('record', 'client', 'reason', 'detail'))}{refused}</table>"

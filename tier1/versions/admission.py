@@ -11,6 +11,7 @@ the chain has not seen it. Each refusal has a machine-readable reason, and no re
     payload_missing  payload_unreadable  payload_size  payload_digest               where its bytes lie
     non_finite  ill_conditioned  …                                                  what it says (and delta's reasons)
     too_stale                                                                       when
+    harmful                                                                         to what end (`evaluation.probe`)
 
 Within a cut the lowest offset wins: the same update again is a duplicate, the same sequence number with other bytes is
 equivocation. What depends on the head (seen before, too stale) is judged again by `readmit` for a fold on another
@@ -120,7 +121,7 @@ def admit(
             archive.put(payload)
             updates.append(update)
         except ContractError as error:
-            refused.append(_refusal(record, envelope, error))
+            refused.append(refusal(record, envelope, error))
     failpoint("fold.after_archive")
     return Admission(updates=tuple(updates), refused=tuple(refused))
 
@@ -135,7 +136,7 @@ def readmit(updates: Sequence[Update], state: ChainState, settings: AggregationS
             _check_fresh(update, state, settings)
             kept.append(update)
         except EnvelopeError as error:
-            refused.append(_refusal(update, update.envelope, error))
+            refused.append(refusal(update, update.envelope, error))
     return Admission(updates=tuple(kept), refused=tuple(refused))
 
 
@@ -261,7 +262,8 @@ def _check_numbers(envelope: Envelope, payload: bytes, shapes: Shapes) -> None:
         )
 
 
-def _refusal(place: Record | Update, envelope: Envelope | None, error: ContractError) -> Refused:
+def refusal(place: Record | Update, envelope: Envelope | None, error: ContractError) -> Refused:
+    """Return the manifest row of a record that is not folded, and say so in the events."""
     known = {} if envelope is None else envelope.model_dump(include={"client_id", "sequence", "update_id"})
     log.info("update.refused", partition=place.partition, offset=place.offset, reason=error.reason, **known)
     return Refused(

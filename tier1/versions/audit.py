@@ -26,6 +26,9 @@ class AuditRow:
     norm: float | None = None
     clip: float | None = None
     weight: float | None = None
+    trust: float | None = None  # from the chain's history, where reputation is on
+    cosine: float | None = None  # to the aggregate, where it was measured
+    distance: float | None = None  # from the aggregate, likewise
     payload_bytes: int | None = None
     reason: str | None = None
     detail: str | None = None
@@ -105,6 +108,9 @@ def _accepted(topic: str, row: Accepted) -> AuditRow:
         norm=row.norm,
         clip=row.clip,
         weight=row.weight,
+        trust=row.trust,
+        cosine=row.cosine,
+        distance=row.distance,
         payload_bytes=row.payload_bytes,
     )
 

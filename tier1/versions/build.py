@@ -28,7 +28,7 @@ from tier1.aggregation.registry import choose, origin
 from tier1.aggregation.reputation import trusts
 from tier1.aggregation.spool import FactorSpool
 from tier1.aggregation.streaming import dense_root, spooled_grams
-from tier1.aggregation.weights import TIER1_ROOT, Expert, Weighing, clip_factors, weigh
+from tier1.aggregation.weights import TIER1_ROOT, Expert, Weighing, device_clips, weigh
 from tier1.versions.admission import NOTHING_ADMITTED, Admission, readmit
 from tier1.versions.archive import Update, envelope_digest, read_delta, restore
 from tier1.versions.manifest import Accepted, Candidate, Inputs
@@ -162,7 +162,7 @@ def _fold_updates(
             delta = read_delta(update, archive, shapes)
             norms.append(magnitude(delta, counts)[0])
             spool.add(update.envelope.update_id, delta)
-        clips = clip_factors(clients, norms, settings.max_norm)
+        clips = device_clips(clients, norms, tokens, settings)
         terms = [_weighted(update, {}, spool) for update in ordered]
         root = dense_root(_last_dense(parent), archive) if settings.root == TIER1_ROOT else None
         weighing = weigh(
@@ -171,6 +171,7 @@ def _fold_updates(
             stalenesses,
             clips,
             settings,
+            norms=norms,
             trusts=None if trust is None else [trust[client] for client in clients],
             grams=spooled_grams(terms, clips, list(shapes), root),
         )

@@ -1,8 +1,10 @@
 """Settings of F: step sizes and the aggregation pipeline; configuration, and part of every manifest.
 
 The pipeline is always clip → prior → rule → mass → fold (`tier1/aggregation/weights.py` has the formulas); the settings
-say what each stage does. Bounds are checked here, the rule's name and options by `tier1.aggregation.registry` when a
-configuration is loaded, so that a manifest can be read where a user's rule is not installed.
+say what each stage does. Their defaults are those that manifests were signed with and never change; what a new
+federation begins with stands in `tier1.workspace`. Bounds are checked here, the rule's name and options by
+`tier1.aggregation.registry` when a configuration is loaded, so that a manifest can be read where a user's rule is not
+installed.
 """
 
 from __future__ import annotations
@@ -49,15 +51,22 @@ class AggregationSettings(GrownDocument):
 
     later: ClassVar[frozenset[str]] = frozenset(
         {"max_expert_norm", "max_step_norm", "staleness", "hinge_delay", "hinge_slope", "reputation"}
-        | {"rule_options", "root", "scope", "measure", "outer"}
+        | {"rule_options", "root", "scope", "measure", "outer", "norm_ratio", "expert_norm_ratio", "token_ratio"}
+        | {"probe"}
     )
+
+    # admission
+    probe: float | None = Field(default=None, ge=0, le=1)  # cosine to what lowers the suites' loss: least is −probe
 
     # clip
     max_norm: float = Field(default=50.0, gt=0, le=1e12)  # C of the clip; honest updates of the demo measure 17 to 26
     max_expert_norm: float | None = Field(default=None, gt=0, le=1e12)  # the same per expert
+    norm_ratio: float | None = Field(default=None, ge=1, le=1e6)  # C, in what is usual among the devices of the cut
+    expert_norm_ratio: float | None = Field(default=None, ge=1, le=1e6)  # max_expert_norm, likewise
     max_step_norm: float | None = Field(default=None, gt=0, le=1e12)  # bound of ‖ΔW_agg‖ over all experts
     # prior
     token_cap: int = Field(default=1 << 20, ge=1, le=1 << 53)
+    token_ratio: float | None = Field(default=None, ge=1, le=1e6)  # token_cap, in the median of the expert's devices
     staleness: Literal["polynomial", "hinge", "constant"] = "polynomial"
     staleness_exponent: float = Field(default=0.5, ge=0, le=16)
     hinge_delay: int = Field(default=4, ge=0, le=1_000_000)

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tier1.aggregation.rules import weighted_mean
-from tier1.aggregation.weights import clip_factor, clip_factors, counted_tokens, mass, prior, weigh
+from tier1.aggregation.weights import (
+    clip_factor,
+    clip_factors,
+    counted_tokens,
+    device_clips,
+    expert_bound,
+    mass,
+    prior,
+    weigh,
+)
 from tier1.versions.settings import AggregationSettings
 
 SETTINGS = AggregationSettings(max_norm=1.0, token_cap=1000, min_mass_tokens=64)
@@ -158,3 +167,29 @@ def test_prior_and_mass_follow_the_formula():
     """Golden numbers by hand: 100·4^(-1/2) = 50; (50 + 20) / max(100 + 20, 64) = 7/12."""
     assert prior(100, 3, SETTINGS) == 50.0
     assert math.isclose(mass("ab", [100, 20], [50.0, 20.0], SETTINGS), 70 / 120)
+
+
+def test_what_is_usual_bounds_a_device_and_each_of_its_experts():
+    """With ratios no device moves more than the median one per expert, however spread; the quiet are untouched."""
+    full, lone = {(0, e): 100 for e in range(4)}, {(0, 0): 100}
+    settings = AggregationSettings(norm_ratio=1.0, expert_norm_ratio=1.5)
+    clips = device_clips("abcde", [2.0, 2.0, 1.0, 200.0, 40.0], [full, full, full, full, lone], settings)
+    assert clips == pytest.approx([1.0, 1.0, 1.0, 0.01, 1 / 40])  # u = 2/√4 = 1; 200 → 2, a lone expert's 40 → 1
+    norms = [2.0, 2.0, 1.0, 2.0, 1.0]
+    assert expert_bound("abcde", norms, [full, full, full, full, lone], settings) == pytest.approx(1.5)
+    assert expert_bound("abcde", norms, [full] * 5, AggregationSettings(max_expert_norm=3.0)) == 3.0
+    assert device_clips("ab", [1.0, 1e9], [full, full], settings) == pytest.approx([1.0, 1e-9])  # not its own judge
+
+
+def test_tokens_beyond_the_usual_do_not_count():
+    """With a token ratio a claim of 10¹² on an expert counts as the median device's tokens, and mass stays 1."""
+    settings = AggregationSettings(token_ratio=1.0)
+    rows = weigh("abc", [{E: 1000}, {E: 1000}, {E: 10**12}], [0] * 3, [1.0] * 3, settings).weights
+    assert [row[E] for row in rows] == pytest.approx([1 / 3] * 3)
+
+
+def test_settings_that_came_later_leave_no_trace_at_their_defaults():
+    """Manifests of older releases keep their bytes: what was added is written only where it is set."""
+    for name in ("probe", "norm_ratio", "expert_norm_ratio", "token_ratio"):
+        assert name.encode() not in AggregationSettings().to_bytes()
+        assert f'"{name}":1.0'.encode() in AggregationSettings(**{name: 1.0}).to_bytes()
