@@ -18,6 +18,7 @@ from fednested_lib.log import DEAD_TASKS, Record, UpdateLog
 GROUP = "fednested-trigger"
 REASON_HEADER = "fednested-reason"
 DETAIL_HEADER = "fednested-detail"
+MAX_DETAIL_BYTES = 1024  # a detail may name a field, and whoever wrote the record named the field
 TIMEOUT_S = 10.0
 
 
@@ -112,18 +113,18 @@ class KafkaPositions:
 def bury(log: UpdateLog, record: Record, why: ContractError) -> None:
     """Append a task that can never be launched to the dead-letter topic: its bytes, its place as key, the reason.
 
-    At least once: a crash may repeat it, readers dedupe by key.
+    Only place and reason where the log does not admit all of it. At least once: a crash may repeat it, readers dedupe by key.
 
     Raises:
         TransportError: the log does not answer; bury it again later.
     """
-    headers = {REASON_HEADER: why.reason.encode(), DETAIL_HEADER: str(why).encode()}
-    headers |= {name: value for name, value in record.headers if name == SIGNATURE_HEADER}
+    reason = {REASON_HEADER: why.reason.encode(), DETAIL_HEADER: str(why).encode()[:MAX_DETAIL_BYTES]}
+    signature = {name: value for name, value in record.headers if name == SIGNATURE_HEADER}
     key = place_of(record).encode()
     try:
-        log.append(DEAD_TASKS, key=key, value=record.value, headers=headers)
+        log.append(DEAD_TASKS, key=key, value=record.value, headers=signature | reason)
     except PayloadError:  # as large as the log admits, and a little more with the reason
-        log.append(DEAD_TASKS, key=key, value=b"", headers=headers)
+        log.append(DEAD_TASKS, key=key, value=b"", headers=reason)
 
 
 def place_of(record: Record) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from fednested_lib.errors import ContractError, EnvelopeError, LogError, TransportError
-from fednested_lib.events import TrainingTask
+from fednested_lib.events import SIGNATURE_HEADER, TrainingTask
 from fednested_lib.log import DEAD_TASKS, TASKS, InMemoryLog
-from fednested_lib.signing import Signer
+from fednested_lib.signing import Signer, canonical_json
 from services.trigger import service
 from services.trigger.inbox import InMemoryPositions
 from services.trigger.launch import ROUTES, Order, order_of
@@ -154,6 +154,18 @@ def test_a_poisoned_task_is_buried_with_its_reason_and_the_next_one_goes_on(worl
     ]
     assert "aggregate, core_update, got make_coffee" in world.dead[1]["fednested-detail"]
     assert (world.launcher.launched, world.committed) == ([name_of("good")], 5)
+
+
+def test_a_record_as_large_as_the_log_admits_is_buried(world: World) -> None:
+    """Neither a signature nor a field name that fills the record keeps its reason from the dead letters."""
+    task = TrainingTask(federation="fednested", task_id="big", kind="aggregate")
+    world.log.append(TASKS, key=b"", value=task.to_bytes(), headers={SIGNATURE_HEADER: b"0" * 999_890})
+    long_name = "x" * 999_890
+    world.log.append(TASKS, key=b"", value=canonical_json({**task.model_dump(), long_name: 1}), headers={})
+    send_task(world.log, "good")
+    world.turn()
+    assert [dead["fednested-reason"] for dead in world.dead] == ["bad_signature", "bad_event"]
+    assert (world.launcher.launched, world.committed) == ([name_of("good")], 3)
 
 
 def test_another_federation_on_the_same_log_is_passed_over(world: World) -> None:
