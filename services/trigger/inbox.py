@@ -61,10 +61,18 @@ class InMemoryPositions:
         """See `Positions.close`."""
 
 
+def group_of(federation: str, project: str, domain: str) -> str:
+    """Return the group of one trigger: those that share a broker must not settle each other's tasks.
+
+    A dot is in no name of a federation, project or domain, so no two of them have one group.
+    """
+    return ".".join((GROUP, federation, project, domain))
+
+
 class KafkaPositions:
     """`Positions` as the committed offsets of a group on the Kafka cluster at `bootstrap`."""
 
-    def __init__(self, bootstrap: str, *, group: str = GROUP):
+    def __init__(self, bootstrap: str, *, group: str):
         import confluent_kafka
 
         self._kafka = confluent_kafka

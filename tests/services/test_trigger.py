@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from fednested_lib.errors import ContractError, EnvelopeError, LogError, TransportError
 from fednested_lib.events import SIGNATURE_HEADER, TrainingTask
 from fednested_lib.log import DEAD_TASKS, TASKS, InMemoryLog
 from fednested_lib.signing import Signer, canonical_json
+from services.trigger import __main__ as main
 from services.trigger import service
 from services.trigger.inbox import InMemoryPositions
 from services.trigger.launch import ROUTES, Order, order_of
@@ -24,6 +26,7 @@ from services.trigger.remote import FlyteLauncher
 from services.trigger.service import Trigger
 from tests.flyte.admin_stand_in import DOMAIN, PROJECT, AdminStandIn
 from tests.flyte.kills import TIER1, send_task, trigger_world
+from tier1.workspace import create_workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,6 +176,35 @@ def test_another_federation_on_the_same_log_is_passed_over(world: World) -> None
     send_task(world.log, "a", federation="other")
     world.turn()
     assert (world.launcher.launched, world.dead, world.committed) == ([], [], 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "federation"), [({}, "other"), ({"--project": "p2"}, "fed"), ({"--domain": "production"}, "fed")]
+)
+def test_triggers_on_one_broker_have_groups_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], federation: str
+) -> None:
+    """A group that two federations, projects or domains share would commit past the other's tasks."""
+    from typer.testing import CliRunner
+
+    groups: list[str] = []
+
+    class Opened(Exception):
+        pass
+
+    def positions(bootstrap: str, *, group: str) -> None:
+        groups.append(group)
+        raise Opened
+
+    monkeypatch.setattr(main, "KafkaPositions", positions)
+    app = typer.Typer()
+    app.command()(main.run)
+    for name, options in (("fed", {}), (federation, changed)):
+        config = create_workspace(tmp_path / str(len(groups)), datasets={}, suites={}, overrides={"federation": name})
+        arguments = [word for option in ({"--config": str(config)} | options).items() for word in option]
+        assert isinstance(CliRunner().invoke(app, arguments).exception, Opened)
+    assert groups[0] == "fednested-trigger.fed.fednested.development"
+    assert groups[0] != groups[1]
 
 
 def test_a_log_that_forgot_what_was_settled_stops_the_trigger(world: World) -> None:
