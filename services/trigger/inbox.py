@@ -121,7 +121,8 @@ class KafkaPositions:
 def bury(log: UpdateLog, record: Record, why: ContractError) -> None:
     """Append a task that can never be launched to the dead-letter topic: its bytes, its place as key, the reason.
 
-    Only place and reason where the log does not admit all of it. At least once: a crash may repeat it, readers dedupe by key.
+    Only place and reason where the log does not admit all of it. At least once: a crash may repeat it, readers dedupe
+    by key.
 
     Raises:
         TransportError: the log does not answer; bury it again later.

@@ -11,8 +11,11 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import pytest
+import requests
 import typer
+from flytekit.clients.auth.exceptions import AccessTokenNotFoundError, AuthenticationError, AuthenticationPending
 
 from fednested_lib.errors import ContractError, EnvelopeError, LogError, TransportError
 from fednested_lib.events import SIGNATURE_HEADER, TrainingTask
@@ -340,11 +343,46 @@ def test_what_flyte_refuses_is_poison_and_what_may_pass_is_not(admin: AdminStand
         launcher.launch(Order(name="Not-Valid", plan="nested_round_fast", kind="aggregate", digest=""))
     assert error.value.reason == "launch_refused"
     admin.plans.clear()
-    with pytest.raises(TransportError, match="no active version in fednested/development.*--activate"):
+    with pytest.raises(
+        TransportError, match="no active launch plan nested_round_fast in fednested/development.*--activate"
+    ):
         launcher.launch(order())
     admin.__exit__()
     with pytest.raises(TransportError, match="see that its admin runs, and FLYTE_PLATFORM_URL"):
         launcher.launch(order())
+
+
+def test_a_plan_that_vanishes_before_the_launch_is_no_skip(admin: AdminStandIn, launcher: FlyteLauncher) -> None:
+    """NOT_FOUND of CreateExecution is waited for with its own remedy, not taken for the concurrency policy."""
+    admin.vanishing = True
+    with pytest.raises(TransportError, match=r"no launch plan nested_round_fast.*register the"):
+        launcher.launch(order())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AuthenticationError("token endpoint says no"),
+        AuthenticationPending("not yet"),
+        AccessTokenNotFoundError("no token"),
+        requests.ConnectionError("no route to the identity provider"),
+        grpc.RpcError("no metadata of the authorisation server"),
+    ],
+)
+def test_a_login_that_fails_is_waited_for(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flytekit's login errors are no FlyteException; an identity provider's outage must not end the trigger."""
+    from flytekit.clients.friendly import SynchronousFlyteClient
+
+    from services.trigger.remote import connect
+
+    def refuse(*_: object, **__: object):
+        raise error
+
+    monkeypatch.setattr(SynchronousFlyteClient, "get_active_launch_plan", refuse)
+    monkeypatch.setenv("FLYTE_PLATFORM_URL", "127.0.0.1:1")
+    monkeypatch.setenv("FLYTE_PLATFORM_INSECURE", "true")
+    with pytest.raises(TransportError, match="the credentials"):
+        connect(PROJECT, DOMAIN).launch(order())
 
 
 # as a process ---------------------------------------------------------------------------------------------------------
