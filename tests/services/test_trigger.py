@@ -16,9 +16,10 @@ import pytest
 import requests
 import typer
 from flytekit.clients.auth.exceptions import AccessTokenNotFoundError, AuthenticationError, AuthenticationPending
+from typer.testing import CliRunner
 
-from fednested_lib.errors import ContractError, EnvelopeError, LogError, TransportError
-from fednested_lib.events import SIGNATURE_HEADER, TrainingTask
+from fednested_lib.errors import ConfigError, ContractError, EnvelopeError, LogError, TransportError
+from fednested_lib.events import SIGNATURE_HEADER, TASK_KINDS, TrainingTask, parse_event
 from fednested_lib.log import DEAD_TASKS, TASKS, InMemoryLog
 from fednested_lib.signing import Signer, canonical_json
 from services.trigger import __main__ as main
@@ -27,8 +28,11 @@ from services.trigger.inbox import InMemoryPositions
 from services.trigger.launch import ROUTES, Order, order_of
 from services.trigger.remote import FlyteLauncher
 from services.trigger.service import Trigger
+from tests.federation import make_workspace
 from tests.flyte.admin_stand_in import DOMAIN, PROJECT, AdminStandIn
 from tests.flyte.kills import TIER1, send_task, trigger_world
+from tier1.commands import app as tier1_app
+from tier1.federation import open_federation
 from tier1.workspace import create_workspace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,8 +192,6 @@ def test_triggers_on_one_broker_have_groups_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], federation: str
 ) -> None:
     """A group that two federations, projects or domains share would commit past the other's tasks."""
-    from typer.testing import CliRunner
-
     groups: list[str] = []
 
     class Opened(Exception):
@@ -254,24 +256,41 @@ def test_an_unreachable_log_is_waited_for_until_told_to_stop(world: World) -> No
 
 
 def test_a_task_can_be_requested_by_hand(tmp_path: Path) -> None:
-    """What `fednested tier1 request` appends is what the trigger takes; a wrong kind is one line."""
-    from typer.testing import CliRunner
-
-    from tests.federation import make_workspace
-    from tier1.commands import app
-    from tier1.federation import open_federation
-
+    """What `fednested tier1 request` appends is what the trigger takes."""
     config = make_workspace(tmp_path)
     arguments = ["request", "--config", str(config), "--task-id", "a"]
-    done = CliRunner().invoke(app, [*arguments, "--kind", "aggregate"])
+    done = CliRunner().invoke(tier1_app, [*arguments, "--kind", "aggregate"])
     assert "requested aggregate as task a" in done.output
-    assert isinstance(CliRunner().invoke(app, [*arguments, "--kind", "Aggregate!"]).exception, EnvelopeError)
     fed, launcher = open_federation(config), ListLauncher()
     trusted = frozenset(fed.config.identity.trusted)
     Trigger(
         fed.log, InMemoryPositions(), launcher, federation=fed.config.federation, trusted=trusted, routes=ROUTES
     ).turn()
     assert launcher.launched == [name_of("a")]
+
+
+def test_a_kind_that_no_trigger_routes_is_refused_where_it_is_typed(tmp_path: Path) -> None:
+    """`requested` is not said of a task that would only be buried; --any-kind is for a trigger with other routes."""
+    config = make_workspace(tmp_path)
+    request = ["request", "--config", str(config), "--kind"]
+    refused = CliRunner().invoke(tier1_app, [*request, "make_coffee"]).exception
+    assert isinstance(refused, ConfigError)
+    assert "--kind must be one of aggregate, core_update, got make_coffee" in str(refused)
+    fed = open_federation(config)
+    assert fed.log.watermarks(TASKS) == {0: (0, 0)}
+    assert "requested make_coffee" in CliRunner().invoke(tier1_app, [*request, "make_coffee", "--any-kind"]).output
+    assert isinstance(CliRunner().invoke(tier1_app, [*request, "Coffee!", "--any-kind"]).exception, EnvelopeError)
+    assert set(ROUTES) == set(TASK_KINDS)
+
+
+def test_two_requests_in_one_second_are_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --task-id every request is a new task."""
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 1, 1, 0, 0, 0, 3, 1, 0)))
+    config = make_workspace(tmp_path)
+    for _ in range(2):
+        CliRunner().invoke(tier1_app, ["request", "--config", str(config), "--kind", "aggregate"])
+    records = open_federation(config).log.read(TASKS, {0: (0, 2)})
+    assert len({parse_event(record.value).task_id for record in records}) == 2
 
 
 # over gRPC ------------------------------------------------------------------------------------------------------------
