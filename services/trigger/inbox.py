@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fednested_lib.errors import ContractError, PayloadError, TransportError
@@ -22,18 +23,33 @@ MAX_DETAIL_BYTES = 1024  # a detail may name a field, and whoever wrote the reco
 TIMEOUT_S = 10.0
 
 
-class Positions(Protocol):
-    """Keeps the next offset per partition between two runs."""
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where reading goes on, and in which log: offsets alone say nothing once a broker was wiped.
 
-    def load(self, topic: str, partitions: list[int]) -> dict[int, int]:
-        """Return partition → next offset, without those that were never saved.
+    Args:
+        offset: the next one.
+        log_id: identity of the topic; empty if unknown.
+        digest: of the record before `offset`; empty if unknown.
+    """
+
+    offset: int
+    log_id: str = ""
+    digest: str = ""
+
+
+class Positions(Protocol):
+    """Keeps the position per partition between two runs."""
+
+    def load(self, topic: str, partitions: list[int]) -> dict[int, Position]:
+        """Return partition → position, without those that were never saved.
 
         Raises:
             TransportError: the broker does not answer.
         """
 
-    def save(self, topic: str, offsets: Mapping[int, int]) -> None:
-        """Keep the next offsets.
+    def save(self, topic: str, positions: Mapping[int, Position]) -> None:
+        """Keep the positions.
 
         Raises:
             TransportError: the broker does not answer; what was read comes again.
@@ -47,15 +63,15 @@ class InMemoryPositions:
     """`Positions` in this process, for tests."""
 
     def __init__(self):
-        self.offsets: dict[str, dict[int, int]] = {}
+        self.saved: dict[str, dict[int, Position]] = {}
 
-    def load(self, topic: str, partitions: list[int]) -> dict[int, int]:
+    def load(self, topic: str, partitions: list[int]) -> dict[int, Position]:
         """See `Positions.load`."""
-        return dict(self.offsets.get(topic, {}))
+        return dict(self.saved.get(topic, {}))
 
-    def save(self, topic: str, offsets: Mapping[int, int]) -> None:
+    def save(self, topic: str, positions: Mapping[int, Position]) -> None:
         """See `Positions.save`."""
-        self.offsets.setdefault(topic, {}).update(offsets)
+        self.saved.setdefault(topic, {}).update(positions)
 
     def close(self) -> None:
         """See `Positions.close`."""
@@ -70,7 +86,10 @@ def group_of(federation: str, project: str, domain: str) -> str:
 
 
 class KafkaPositions:
-    """`Positions` as the committed offsets of a group on the Kafka cluster at `bootstrap`."""
+    """`Positions` as the committed offsets of a group on the Kafka cluster at `bootstrap`.
+
+    Digest and identity are the commit's metadata, `<digest> <log id>`.
+    """
 
     def __init__(self, bootstrap: str, *, group: str):
         import confluent_kafka
@@ -88,16 +107,19 @@ class KafkaPositions:
             }
         )
 
-    def load(self, topic: str, partitions: list[int]) -> dict[int, int]:
+    def load(self, topic: str, partitions: list[int]) -> dict[int, Position]:
         """See `Positions.load`."""
         wanted = [self._kafka.TopicPartition(topic, partition) for partition in partitions]
         with self._errors("tell the offsets"):
             found = self._consumer.committed(wanted, timeout=TIMEOUT_S)
-            return {place.partition: place.offset for place in found if place.offset >= 0}
+        return {place.partition: _position(place.offset, place.metadata) for place in found if place.offset >= 0}
 
-    def save(self, topic: str, offsets: Mapping[int, int]) -> None:
+    def save(self, topic: str, positions: Mapping[int, Position]) -> None:
         """See `Positions.save`."""
-        places = [self._kafka.TopicPartition(topic, partition, offset) for partition, offset in offsets.items()]
+        places = [
+            self._kafka.TopicPartition(topic, partition, to.offset, f"{to.digest} {to.log_id}")
+            for partition, to in positions.items()
+        ]
         with self._errors("commit the offsets"):
             for place in self._consumer.commit(offsets=places, asynchronous=False):
                 if place.error is not None:
@@ -116,6 +138,11 @@ class KafkaPositions:
                 f"broker {self.bootstrap} did not {action} of group {self.group} within {TIMEOUT_S:g} s "
                 f"({_text(error)}): start it, or set FEDNESTED_KAFKA_BOOTSTRAP to one that runs"
             ) from error
+
+
+def _position(offset: int, metadata: str | None) -> Position:
+    digest, _, log_id = (metadata or "").partition(" ")
+    return Position(offset=offset, log_id=log_id, digest=digest)
 
 
 def bury(log: UpdateLog, record: Record, why: ContractError) -> None:

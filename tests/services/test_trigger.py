@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -20,11 +21,11 @@ from typer.testing import CliRunner
 
 from fednested_lib.errors import ConfigError, ContractError, EnvelopeError, LogError, TransportError
 from fednested_lib.events import SIGNATURE_HEADER, TASK_KINDS, TrainingTask, parse_event
-from fednested_lib.log import DEAD_TASKS, TASKS, InMemoryLog
+from fednested_lib.log import DEAD_TASKS, TASKS, InMemoryLog, KafkaLog
 from fednested_lib.signing import Signer, canonical_json
 from services.trigger import __main__ as main
 from services.trigger import service
-from services.trigger.inbox import InMemoryPositions
+from services.trigger.inbox import InMemoryPositions, KafkaPositions, Position
 from services.trigger.launch import ROUTES, Order, order_of
 from services.trigger.remote import FlyteLauncher
 from services.trigger.service import Trigger
@@ -80,7 +81,7 @@ class World:
 
     @property
     def committed(self) -> int:
-        return self.positions.offsets.get(TASKS, {}).get(0, 0)
+        return self.positions.load(TASKS, [0]).get(0, Position(offset=0)).offset
 
     @property
     def dead(self) -> list[dict[str, str]]:
@@ -214,16 +215,53 @@ def test_triggers_on_one_broker_have_groups_of_their_own(
 
 def test_a_log_that_forgot_what_was_settled_stops_the_trigger(world: World) -> None:
     """A wiped log would be read from the wrong place: one line with the offsets and what to do."""
-    world.positions.save(TASKS, {0: 7})
+    world.positions.save(TASKS, {0: Position(offset=7)})
     with pytest.raises(LogError, match=r"ends at offset 0, but tasks up to 7 .* reset the trigger's group"):
         world.turn()
+
+
+@pytest.mark.parametrize("same_name", [False, True])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_another_log_with_the_same_offsets_is_read_from_its_beginning(
+    world: World, same_name: bool, restarted: bool
+) -> None:
+    """A wiped broker that gave the offsets anew shows by the log's identity, else by the last settled record."""
+    send_task(world.log, "a")
+    world.turn()
+    world.log = InMemoryLog(name=world.log.name if same_name else None)
+    world.log.create_topics({TASKS: 1, DEAD_TASKS: 1})
+    for task_id in ("b", "c"):
+        send_task(world.log, task_id)
+    if restarted:
+        world.restart()
+    else:
+        world.trigger._log = world.log
+    world.turn()
+    assert world.launcher.launched == [name_of(task_id) for task_id in ("a", "b", "c")]
+    assert world.committed == 2
+    world.restart()
+    world.turn()
+    assert (len(world.launcher.launched), world.committed) == (3, 2), "what is committed now is this log's"
+
+
+def test_another_log_that_is_shorter_is_read_from_its_beginning(world: World) -> None:
+    """The identity says that nothing was lost: an offset beyond the end stops the trigger in the same log only."""
+    for task_id in ("a", "b"):
+        send_task(world.log, task_id)
+    world.turn()
+    world.log = InMemoryLog()
+    world.log.create_topics({TASKS: 1, DEAD_TASKS: 1})
+    send_task(world.log, "c")
+    world.restart()
+    world.turn()
+    assert (world.launcher.launched[2:], world.committed) == ([name_of("c")], 1)
 
 
 def test_tasks_that_retention_took_are_stepped_over(world: World) -> None:
     """A trigger that was off for longer than the retention goes on with what is left."""
     for task_id in ("old", "new"):
         send_task(world.log, task_id)
-    world.positions.save(TASKS, {0: 0})
+    world.positions.save(TASKS, {0: Position(offset=0)})
     world.log.delete_before(TASKS, 0, 1)
     world.turn()
     assert (world.launcher.launched, world.committed) == ([name_of("new")], 2)
@@ -405,6 +443,20 @@ def test_a_login_that_fails_is_waited_for(error: Exception, monkeypatch: pytest.
 
 
 # as a process ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_commit_keeps_the_log_it_is_of(kafka_bootstrap: str) -> None:
+    """Identity and digest come back from a real broker; a commit without them, of an older trigger, is read too."""
+    topic = f"positions.{time.time_ns()}"
+    with contextlib.closing(KafkaLog(kafka_bootstrap)) as log:
+        log.create_topics({topic: 1})
+        position = Position(offset=3, log_id=log.identity(topic), digest="d" * 64)
+    with contextlib.closing(KafkaPositions(kafka_bootstrap, group=topic)) as positions:
+        assert positions.load(topic, [0]) == {}
+        for saved in (position, Position(offset=4)):
+            positions.save(topic, {0: saved})
+            assert positions.load(topic, [0]) == {0: saved}
 
 
 @pytest.mark.slow
