@@ -16,6 +16,7 @@ from fednested_lib.signing import Signer, canonical_json, verify
 
 SIGNATURE_HEADER = "fednested-signature"
 MAX_SETTLED = 512  # update ids in one event
+TASK_KINDS = ("aggregate", "core_update")  # that a trigger routes unless it is told otherwise
 
 
 class _Event(BaseModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -173,15 +174,21 @@ def nested_round(
 def request(
     config: Path = CONFIG,
     kind: str = typer.Option(..., help="what the trigger routes: core_update or aggregate"),
-    task_id: str = typer.Option(None, help="one execution per id, however often it is requested; default: the time"),
+    any_kind: bool = typer.Option(False, "--any-kind", help="let --kind be another one, for a trigger with a --route"),
+    task_id: str = typer.Option(None, help="one execution per id, however often it is requested; default: a new one"),
 ) -> None:
     """Ask the trigger to turn a loop on the cluster: a signed task on tasks.training."""
-    from fednested_lib.events import parse_event
+    from fednested_lib.events import TASK_KINDS, parse_event
     from fednested_lib.signing import canonical_json
     from tier1.federation import open_federation
 
+    if kind not in TASK_KINDS and not any_kind:
+        raise ConfigError(
+            f"--kind must be one of {', '.join(TASK_KINDS)}, got {kind}: correct it, or give --any-kind if the trigger "
+            "has a --route for it"
+        )
     fed = open_federation(config)
-    task_id = task_id or f"manual-{time.strftime('%Y%m%dt%H%M%S', time.gmtime())}"
+    task_id = task_id or f"manual-{time.strftime('%Y%m%dt%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
     fields = {"event": "training_task", "federation": fed.config.federation, "task_id": task_id, "kind": kind}
     fed.request(parse_event(canonical_json(fields)))
     typer.echo(f"requested {kind} as task {task_id}")

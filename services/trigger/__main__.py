@@ -12,7 +12,7 @@ import structlog
 import typer
 
 from fednested_lib.errors import ConfigError, FednestedError
-from services.trigger.inbox import GROUP, KafkaPositions
+from services.trigger.inbox import KafkaPositions, group_of
 from services.trigger.launch import ROUTES
 from services.trigger.service import Trigger
 
@@ -24,7 +24,11 @@ def run(
     project: str = typer.Option("fednested", help="Flyte project of the launch plans."),
     domain: str = typer.Option("development", help="Flyte domain of the launch plans."),
     route: list[str] = typer.Option(DEFAULT_ROUTES, help="kind=launch plan; repeat for more."),
-    group: str = typer.Option(GROUP, help="Kafka group whose committed offsets say where to go on."),
+    group: str = typer.Option(
+        None,
+        help="Kafka group whose committed offsets say where to go on; "
+        "default: fednested-trigger.<federation>.<project>.<domain>",
+    ),
     poll_s: float = typer.Option(1.0, min=0.01, help="Seconds between two looks at the log."),
 ) -> None:
     """Launch one Flyte execution per task on tasks.training, until SIGTERM."""
@@ -34,6 +38,7 @@ def run(
 
     settings, routes = load_tier1(config), _routes(route)
     stop = _told_to_stop()
+    group = group or group_of(settings.federation, project, domain)
     log, positions = open_log(settings.log), KafkaPositions(settings.log.servers(), group=group)
     trigger = Trigger(
         log,
@@ -43,7 +48,9 @@ def run(
         trusted=frozenset(settings.identity.trusted),
         routes=routes,
     )
-    structlog.get_logger().info("trigger.started", log=settings.log.servers(), project=project, domain=domain)
+    structlog.get_logger().info(
+        "trigger.started", log=settings.log.servers(), group=group, project=project, domain=domain
+    )
     try:
         trigger.run(stop, poll_s=poll_s)
     finally:

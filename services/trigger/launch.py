@@ -1,9 +1,10 @@
 """What is launched, under which name, and the port behind which Flyte is.
 
-    name = kind + "-" + first 20 hex digits of SHA-256(federation / task id)
+    name = "task-" + first 20 hex digits of SHA-256(federation / task id)
 
 The name is the whole of exactly-once: Flyte admits one execution of a name in a project and domain, for ever. So a task
-that comes twice, or a launch whose answer was lost, meets its own execution.
+that comes twice, or a launch whose answer was lost, meets its own execution; the kind is no part of the name, so an id
+that is used for two kinds shows.
 """
 
 from __future__ import annotations
@@ -65,5 +66,5 @@ def order_of(task: TrainingTask, routes: Mapping[str, str]) -> Order:
             f"kind of task {task.task_id} must be one of {', '.join(sorted(routes))}, got {task.kind}: "
             "correct the sender, or give the trigger a --route",
         )
-    name = f"{task.kind.replace('_', '-')}-{sha256_hex(f'{task.federation}/{task.task_id}'.encode())[:20]}"
+    name = f"task-{sha256_hex(f'{task.federation}/{task.task_id}'.encode())[:20]}"
     return Order(name=name, plan=routes[task.kind], kind=task.kind, digest=sha256_hex(task.to_bytes()))

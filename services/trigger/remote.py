@@ -1,7 +1,8 @@
 """The launcher over FlyteRemote: registered, active launch plans of one project and domain.
 
-Flyte answers ALREADY_EXISTS both when the name is taken and when the concurrency policy skips a launch; FlyteRemote
-then fetches the execution, so a skip shows as a name that does not exist. Endpoint and credentials are flytekit's own
+Flyte answers ALREADY_EXISTS both when the name is taken and when the concurrency policy skips a launch, so the
+execution is fetched then, and a skip shows as a name that does not exist. Hence the calls of FlyteRemote's client and
+not its `execute`, which hides which of the two calls found nothing. Endpoint and credentials are flytekit's own
 (`FLYTE_PLATFORM_URL`, `~/.flyte/config.yaml`, …).
 """
 
@@ -31,46 +32,73 @@ class FlyteLauncher:
 
     def launch(self, order: Order) -> bool:
         """See `Launcher.launch`."""
+        import grpc
+        from flytekit.clients.auth.exceptions import (
+            AccessTokenNotFoundError,
+            AuthenticationError,
+            AuthenticationPending,
+        )
         from flytekit.clients.grpc_utils.deadline_interceptor import scoped_grpc_deadline
         from flytekit.exceptions.base import FlyteException
-        from flytekit.exceptions.user import FlyteEntityNotExistException, FlyteInvalidInputException
+        from flytekit.exceptions.user import FlyteInvalidInputException
 
+        refused_login = (AccessTokenNotFoundError, AuthenticationError, AuthenticationPending)
         try:
             with scoped_grpc_deadline(CALL_TIMEOUT_S):
-                execution = self._execute(order)
-        except FlyteEntityNotExistException:
-            return False
+                found = self._digest_of_execution(order)
         except FlyteInvalidInputException as error:
             raise ContractError("launch_refused", f"Flyte refuses {order.name}: {_details(error)}") from error
-        except FlyteException as error:
+        except (FlyteException, *refused_login, grpc.RpcError, OSError) as error:  # OSError: those of requests, too
             raise TransportError(
                 f"Flyte did not launch {order.name} ({type(error).__name__}: {_details(error)}): see that its admin "
                 "runs, and FLYTE_PLATFORM_URL and the credentials"
             ) from error
-        found = execution.spec.annotations.values.get(DIGEST_ANNOTATION)
-        if found != order.digest:
+        if found is not None and found != order.digest:
             raise ContractError(
                 "task_id_reused",
                 f"execution {order.name} is for a task with digest {found}, this one has {order.digest}: "
                 "give every task an id of its own",
             )
-        return True
+        return found is not None
 
-    def _execute(self, order: Order):
-        from flytekit.core.options import Options
-        from flytekit.models.common import Annotations, Labels
+    def _digest_of_execution(self, order: Order) -> str | None:
+        """Create the execution unless it exists; return the digest it carries, None while the policy skips it."""
+        from flytekit.exceptions.user import FlyteEntityAlreadyExistsException, FlyteEntityNotExistException
+        from flytekit.models.core.identifier import WorkflowExecutionIdentifier
 
-        plan = self._remote.fetch_active_launchplan(name=order.plan)
-        if plan is None:
-            place = f"{self._remote.default_project}/{self._remote.default_domain}"
+        project, domain, client = self._remote.default_project, self._remote.default_domain, self._remote.client
+        try:
+            self._create(order)
+        except FlyteEntityAlreadyExistsException:
+            pass
+        except FlyteEntityNotExistException as error:
             raise TransportError(
-                f"launch plan {order.plan} has no active version in {place}: register it, then "
-                f"`pyflyte launchplan {order.plan} VERSION --activate`"
-            )
-        options = Options(
-            labels=Labels({"fednested-trigger": order.kind}), annotations=Annotations({DIGEST_ANNOTATION: order.digest})
+                f"Flyte has no active launch plan {order.plan} in {project}/{domain} ({_details(error)}): register the "
+                f"project and the plan, then `pyflyte launchplan {order.plan} VERSION --activate`"
+            ) from error
+        else:
+            return order.digest
+        try:
+            execution = client.get_execution(WorkflowExecutionIdentifier(project, domain, order.name))
+        except FlyteEntityNotExistException:
+            return None
+        return execution.spec.annotations.values.get(DIGEST_ANNOTATION, "")
+
+    def _create(self, order: Order) -> None:
+        from flytekit.models.common import Annotations, Labels, NamedEntityIdentifier
+        from flytekit.models.execution import ExecutionMetadata, ExecutionSpec, NotificationList
+        from flytekit.models.literals import LiteralMap
+
+        project, domain, client = self._remote.default_project, self._remote.default_domain, self._remote.client
+        plan = client.get_active_launch_plan(NamedEntityIdentifier(project, domain, order.plan))
+        spec = ExecutionSpec(
+            plan.id,
+            ExecutionMetadata(ExecutionMetadata.ExecutionMode.MANUAL, "", 0),  # admin fills in who it was
+            notifications=NotificationList([]),  # none of its own: the launch plan's
+            labels=Labels({"fednested-trigger": order.kind}),
+            annotations=Annotations({DIGEST_ANNOTATION: order.digest}),
         )
-        return self._remote.execute(plan, inputs={}, execution_name=order.name, options=options)
+        client.create_execution(project, domain, order.name, spec, LiteralMap({}))
 
 
 def connect(project: str, domain: str) -> FlyteLauncher:

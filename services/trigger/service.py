@@ -4,7 +4,8 @@
     settled   launched (confirmed by Flyte), buried (acknowledged by the log), or another federation's
 
 The committed offset never passes a waiting task, so a killed trigger reads it again; tasks behind it go on meanwhile,
-and read again they meet their own executions.
+and read again they meet their own executions. With the offset go the log's identity and the digest of the record before
+it: another log, or one that gave its offsets anew, is read from its beginning.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fednested_lib.events import SIGNATURE_HEADER, TrainingTask, parse_event
 from fednested_lib.failpoints import failpoint
 from fednested_lib.log import TASKS, Record, UpdateLog
 from fednested_lib.signing import verify
-from services.trigger.inbox import Positions, bury, place_of
+from services.trigger.inbox import Position, Positions, bury, place_of
 from services.trigger.launch import Launcher, order_of
 
 MAX_WAITING = 256  # read ahead of the committed offset; beyond it reading waits too
@@ -63,8 +64,10 @@ class Trigger:
         self._log, self._positions, self._launcher = update_log, positions, launcher
         self._federation, self._trusted, self._routes = federation, trusted, routes
         self._clock = clock
+        self._log_id = ""
         self._next: dict[int, int] = {}
-        self._committed: dict[int, int] = {}
+        self._committed: dict[int, Position] = {}
+        self._digests: dict[tuple[int, int], str] = {}  # of what was read, from the record before the committed offset
         self._waiting: dict[tuple[int, int], _Waiting] = {}
 
     def run(self, stop: threading.Event, *, poll_s: float = 1.0) -> None:
@@ -160,16 +163,46 @@ class Trigger:
     # offsets ------------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        ends = self._log.watermarks(TASKS)
-        if not ends.keys() <= self._next.keys():
-            self._committed = self._positions.load(TASKS, sorted(ends))
-            self._next = {partition: self._committed.get(partition, low) for partition, (low, _) in ends.items()}
+        log_id, ends = self._log.identity(TASKS), self._log.watermarks(TASKS)
+        if log_id != self._log_id or not ends.keys() <= self._next.keys() or not self._goes_on(ends):
+            self._begin(log_id, ends)
         for partition, (low, high) in sorted(ends.items()):
             start = self._start(partition, low, high)
             end = min(high, start + MAX_WAITING - len(self._waiting))
             for record in self._log.read(TASKS, {partition: (start, end)}) if start < end else ():
                 self._waiting[partition, record.offset] = _Waiting(record=record, due=self._clock())
+                self._digests[partition, record.offset] = record.digest
                 self._next[partition] = record.offset + 1
+
+    def _goes_on(self, ends: Mapping[int, tuple[int, int]]) -> bool:
+        """Tell whether what is new follows what was read last; a wiped log gives the same offsets anew."""
+        return all(
+            self._is_of_this_log(partition, self._position(partition, self._next[partition]), low, high)
+            for partition, (low, high) in ends.items()
+            if self._next[partition] < high
+        )
+
+    def _begin(self, log_id: str, ends: Mapping[int, tuple[int, int]]) -> None:
+        """Go on where the committed offsets say; from the oldest task if they are another log's."""
+        self._log_id, self._committed = log_id, self._positions.load(TASKS, sorted(ends))
+        self._next, self._waiting, self._digests = {}, {}, {}
+        for partition, (low, high) in ends.items():
+            saved = self._committed.get(partition, Position(offset=low))
+            if self._is_of_this_log(partition, saved, low, high):
+                self._next[partition] = saved.offset
+                self._digests[partition, saved.offset - 1] = saved.digest
+            else:
+                self._next[partition] = low
+                log.error("trigger.another_log", partition=partition, committed=saved.offset, first=low, log_id=log_id)
+
+    def _is_of_this_log(self, partition: int, saved: Position, low: int, high: int) -> bool:
+        if saved.log_id and saved.log_id != self._log_id:
+            return False
+        last = saved.offset - 1
+        if not saved.digest or not low <= last < high:
+            return True  # nothing to compare with; an offset beyond the end is reported as such
+        (record,) = self._log.read(TASKS, {partition: (last, last + 1)})
+        return record.digest == saved.digest
 
     def _start(self, partition: int, low: int, high: int) -> int:
         start = self._next[partition]
@@ -187,12 +220,23 @@ class Trigger:
         settled = {}
         for partition, end in self._next.items():
             first = min((offset for place, offset in self._waiting if place == partition), default=end)
-            if first != self._committed.get(partition):
-                settled[partition] = first
+            position = self._position(partition, first)
+            if position != self._committed.get(partition):
+                settled[partition] = position
         if settled:
             failpoint("trigger.before_commit")
             self._positions.save(TASKS, settled)
             self._committed |= settled
+            self._forget()
+
+    def _position(self, partition: int, offset: int) -> Position:
+        return Position(offset=offset, log_id=self._log_id, digest=self._digests.get((partition, offset - 1), ""))
+
+    def _forget(self) -> None:
+        """Let go of the digests that no commit can need any more."""
+        for partition, offset in list(self._digests):
+            if offset < self._committed[partition].offset - 1:
+                del self._digests[partition, offset]
 
 
 def _pause(tries: int) -> float:

@@ -20,9 +20,8 @@ from collections import Counter
 from concurrent import futures
 
 import grpc
-from flyteidl.admin import execution_pb2, launch_plan_pb2, workflow_pb2
-from flyteidl.core import compiler_pb2, identifier_pb2, interface_pb2
-from flyteidl.core.workflow_pb2 import WorkflowTemplate
+from flyteidl.admin import execution_pb2, launch_plan_pb2
+from flyteidl.core import identifier_pb2
 from flyteidl.service import admin_pb2_grpc
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
@@ -36,6 +35,7 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer):
         executions: name → execution, as admitted.
         admitted: names in the order of their admission; a name twice would be an execution twice.
         busy: launch plans whose concurrency policy skips every launch now.
+        vanishing: launch plans are taken away once CreateExecution is called.
         lose_answers: how many admitted CreateExecutions are answered UNAVAILABLE.
         delay_s: how long CreateExecution takes, before and after the admission each.
         calls: RPC → how often.
@@ -46,6 +46,7 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer):
         self.executions: dict[str, execution_pb2.Execution] = {}
         self.admitted: list[str] = []
         self.busy: set[str] = set()
+        self.vanishing = False
         self.lose_answers = 0
         self.delay_s = 0.0
         self.calls: Counter[str] = Counter()
@@ -73,21 +74,14 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer):
         spec = launch_plan_pb2.LaunchPlanSpec(workflow_id=_id(identifier_pb2.WORKFLOW, "workflow"))
         return launch_plan_pb2.LaunchPlan(id=_id(identifier_pb2.LAUNCH_PLAN, request.id.name), spec=spec)
 
-    def GetWorkflow(self, request, context):
-        self.calls["GetWorkflow"] += 1
-        interface = interface_pb2.TypedInterface(
-            inputs=interface_pb2.VariableMap(), outputs=interface_pb2.VariableMap()
-        )
-        compiled = compiler_pb2.CompiledWorkflow(template=WorkflowTemplate(id=request.id, interface=interface))
-        closure = compiler_pb2.CompiledWorkflowClosure(primary=compiled)
-        return workflow_pb2.Workflow(id=request.id, closure=workflow_pb2.WorkflowClosure(compiled_workflow=closure))
-
     def CreateExecution(self, request, context):
         self.calls["CreateExecution"] += 1
         time.sleep(self.delay_s)
         if not NAME.fullmatch(request.name):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"invalid execution name {request.name}")
         plan = request.spec.launch_plan.name
+        if self.vanishing:
+            self.plans.clear()
         if plan not in self.plans:
             context.abort(grpc.StatusCode.NOT_FOUND, f"no launch plan {plan}")
         with self._lock:

@@ -110,7 +110,7 @@ def kill_trigger(directory: Path, bootstrap: str, *, kills: int, seed: int) -> T
         end = log.watermarks(TASKS)[0][1]
         zygote.start()
         positions = KafkaPositions(bootstrap, group=name)
-        _wait_until(lambda: positions.load(TASKS, [0]).get(0) == end)
+        _wait_until(lambda: positions.load(TASKS, [0])[0].offset == end)
         last_exit = zygote.end(SIGTERM)
         positions.close()
         dead = {record.value for record in log.read(DEAD_TASKS, log.watermarks(DEAD_TASKS))}

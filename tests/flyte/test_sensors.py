@@ -19,8 +19,10 @@ from flytekit.sensor.sensor_engine import SensorEngine
 from flytekit.tools.translator import get_serializable
 from flytekit.types.file import FlyteFile
 
+from fednested_lib.envelope import HEADER, make_envelope
 from fednested_lib.errors import LogError
 from fednested_lib.log import UPDATES, InMemoryLog
+from fednested_lib.signing import Signer
 from services.gates import answer_gates
 from tasks.aggregation import keep_cut, open_window, take_cut
 from tasks.federation import ConfigFile
@@ -90,6 +92,33 @@ def test_bytes_count_only_where_they_are_bounded(log: InMemoryLog) -> None:
     assert look(log, window(min_updates=9), now=1000).n_bytes == 0
     assert look(log, window(min_updates=9, max_bytes=1000), now=1000).n_bytes == 2 * 101 + 51
     assert look(log, window(min_updates=9, max_bytes=51, offsets=before), now=1000).closed_by == "bytes"
+
+
+def test_a_payload_in_the_blob_store_counts_with_what_its_envelope_declares(log: InMemoryLog) -> None:
+    """Large payloads are claim checks with an empty value; a header that cannot be parsed counts as itself."""
+    digest = "a" * 64
+    envelope = make_envelope(
+        Signer.from_seed(bytes(32)),
+        federation="f",
+        client_id="ann",
+        key_epoch=0,
+        sequence=0,
+        base_version=0,
+        base_digest=digest,
+        adapter={"rank": 1, "alpha": 1.0},
+        expert_ids={"0": [0]},
+        tokens={"0": [1]},
+        num_examples=1,
+        encoding="int8",
+        payload_sha256=digest,
+        payload_bytes=1 << 20,
+        payload_uri=f"blob:{digest}",
+    ).to_bytes()
+    log.append(UPDATES, key=b"ann", value=b"", headers={HEADER: envelope})
+    log.append(UPDATES, key=b"bob", value=b"", headers={HEADER: b"{}"})
+    records = 2 * (len(b"ann") + len(HEADER)) + len(envelope) + len(b"{}")
+    assert look(log, window(min_updates=9, max_bytes=1 << 30), now=1000).n_bytes == records + (1 << 20)
+    assert look(log, window(min_updates=9, max_bytes=1 << 20), now=1000).closed_by == "bytes"
 
 
 def test_a_cut_is_what_the_chain_would_have_cut(log: InMemoryLog) -> None:

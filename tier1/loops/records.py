@@ -57,7 +57,7 @@ class Window:
         opened_at: seconds since the epoch.
         min_updates: K; the window closes with so many updates,
         max_wait_s: T; or so many seconds after it was opened,
-        max_bytes: B; or with so many bytes of records; None is off.
+        max_bytes: B; or with so many bytes of records and declared payloads; None is off.
         max_updates: largest number of updates that one cut takes.
     """
 

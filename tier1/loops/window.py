@@ -2,6 +2,8 @@
 
     closed  ⇔  n ≥ K  or  bytes ≥ B  or  t − t_opened ≥ T
 
+Bytes are those of the records and of the payloads that their claim checks declare.
+
 Everything is a function of the window, the log and the time, so whoever looks may be killed at any moment and somebody
 else may look next. A second look after the closing may see more records and give a larger cut: nothing is consumed
 before a manifest says so. Shared by all sensors; reads the log, never the chain, and needs no torch.
@@ -13,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fednested_lib.envelope import HEADER, parse_envelope
+from fednested_lib.errors import EnvelopeError
 from fednested_lib.log import Record, UpdateLog
 from tier1.loops.records import TakenCut, Window
 from tier1.versions.cut import take_cut
@@ -106,4 +110,16 @@ def _cut(log: UpdateLog, window: Window, *, max_updates: int):
 
 
 def _size_bytes(record: Record) -> int:
-    return len(record.key) + len(record.value) + sum(len(name) + len(content) for name, content in record.headers)
+    own = len(record.key) + len(record.value) + sum(len(name) + len(content) for name, content in record.headers)
+    return own + _claimed_bytes(record)
+
+
+def _claimed_bytes(record: Record) -> int:
+    """Return the payload's size that a claim check's envelope declares, unverified; 0 if there is none to read."""
+    if record.value:
+        return 0
+    try:
+        envelope = parse_envelope(dict(record.headers).get(HEADER, b""))
+    except EnvelopeError:
+        return 0
+    return envelope.payload_bytes if envelope.payload_uri is not None else 0
