@@ -403,7 +403,8 @@ def table(results: Sequence[Results]) -> str:
                 f"{each.kept(name):6.1f}%  {_facts(outcome)}"
             )
     worst, clean = min(each.worst for each in results), min(each.clean_kept for each in results)
-    lines.append(f"kept at worst {worst:.1f} %, clean {clean:.1f} %")
+    broken = sum(outcome.non_finite for each in results for outcome in each.outcomes)
+    lines.append(f"kept at worst {worst:.1f} %, clean {clean:.1f} %, versions with NaN or infinity: {broken}")
     return "\n".join(lines)
 
 

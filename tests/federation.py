@@ -31,6 +31,8 @@ SMALL_MODEL = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 128,
 }
+# What a new federation begins with, off: a probe would refuse every second random update, bounds hide what is tested.
+PLAIN = {name: getattr(AggregationSettings(), name) for name in AGGREGATION}
 _logs = itertools.count()
 
 
@@ -59,8 +61,7 @@ def make_workspace(
         "model": {"family": "mixtral", "vocab_size": 300, "config": SMALL_MODEL},
         "core": {"steps": 6, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-3, "threads": 1},
         "window": {"min_updates": 1, "max_wait_s": 0.0},
-        # Updates here are random: a probe would refuse every second one.
-        "aggregation": {name: getattr(AggregationSettings(), name) for name in AGGREGATION},
+        "aggregation": PLAIN,
         "evaluation": {"max_tokens": 512, "seq_len": 16, "max_regression": 0.5},
     }
     for section, values in overrides.items():

@@ -234,14 +234,13 @@ def accept_log(
     """Go on with an update log that lost or re-used offsets, or with another one; devices send again."""
     from tier1.federation import open_federation
     from tier1.loops import accept_log as loop
-    from tier1.versions.new_log import lost_ranges
+    from tier1.versions.new_log import lost_text
 
     accepted = loop.accept_log(open_federation(config), reason)
-    lost = ", ".join(f"{partition}:[{start}, {end})" for partition, (start, end) in lost_ranges(accepted).items())
     places = ", ".join(f"{partition}:{offset}" for partition, offset in sorted(accepted.offsets.items()))
     typer.echo(
         f"log generation {accepted.generation} ({accepted.log_id}) accepted: cuts of {accepted.topic} go on at "
-        f"{places}; consumed and no longer in the log: {lost or 'nothing'}; devices are asked to send again; run "
+        f"{places}; consumed and no longer in the log: {lost_text(accepted)}; devices are asked to send again; run "
         "`fednested tier1 broadcast` if the control topic was lost as well"
     )
 

@@ -28,7 +28,10 @@ groups:
 allow:
   - {{id: train-core, groups: [trainers], actions: [read, train], resources: ["dataset:*"], purposes: [core-update]}}
   - {{id: fold-updates, groups: [trainers], actions: [read, aggregate],
-     resources: ["topic:updates.experts.local", "topic:updates.tier1"]}}
+     resources: ["topic:updates.experts.local", "topic:updates.tier1"], purposes: [fold]}}
+  # Who may go on with a log that lost records: narrow it to the people who would notice that it should not have.
+  - {{id: accept-log, groups: [trainers], actions: [aggregate], resources: ["topic:updates.experts.local"],
+     purposes: [accept-log]}}
   - {{id: publish-model, groups: [trainers, secops], actions: [publish], resources: ["model:*"]}}
   - {{id: promote-model, groups: [secops], actions: [promote], resources: ["model:*"]}}
 deny: []

@@ -95,4 +95,4 @@ print(KafkaWindowConnector().get(WindowMeta(window=window)).outputs["o0"])
         text=True,
         check=False,
     )
-    assert "n_records=0, closed_by='time'" in done.stdout, done.stderr[-2000:]
+    assert "n_records=0, generation=0, closed_by='time'" in done.stdout, done.stderr[-2000:]

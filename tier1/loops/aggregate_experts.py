@@ -122,7 +122,7 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
     from tier1.versions.build import fold_candidate
     from tier1.versions.cut import read_cut
 
-    grant = fed.authorise("aggregate", f"topic:{cut.topic}")
+    grant = fed.authorise("aggregate", f"topic:{cut.topic}", purpose="fold")
     state, settings = fed.chain.state(), fed.config.aggregation
     admission = admit(
         read_cut(fed.log, cut),

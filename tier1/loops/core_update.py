@@ -172,7 +172,7 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
     from tier1.versions.build import fold_candidate
 
     receipt = _receipt(fed, ref.update_id)
-    grant = fed.authorise("aggregate", f"topic:{DENSE}")
+    grant = fed.authorise("aggregate", f"topic:{DENSE}", purpose="fold")
     state, place = fed.chain.state(), receipt["dense"]
     found = fed.log.read(DENSE, {place["partition"]: (place["offset"], place["offset"] + 1)})
     dense = admit_dense(next(iter(found)), state, fed.config.identity.trusted)

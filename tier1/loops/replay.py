@@ -11,6 +11,8 @@ from fednested_lib.errors import ChainCorrupt, ChainError, SnapshotError
 from tier1.federation import Federation
 from tier1.loops.anchors import check_end
 from tier1.versions.audit import AuditRow, audit
+from tier1.versions.manifest import LogAccepted
+from tier1.versions.new_log import lost_text
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
 
 
@@ -145,3 +147,13 @@ def chain_lines(fed: Federation) -> Iterator[str]:
         parent = "-" if found.parent_version is None else f"v{found.parent_version}"
         standing = ", ".join(found.standing) or "waiting"
         yield f"  v{number}  parent {parent}  accepted {accepted}  refused {refused}  {standing}"
+    for sealed in fed.chain.entries():
+        if isinstance(sealed.entry.body, LogAccepted):
+            yield _log_line(sealed.entry.body)
+
+
+def _log_line(body: LogAccepted) -> str:
+    return (
+        f"  log {body.generation} accepted by {body.operator} at {body.created_at}: {body.reason} "
+        f"(no longer in the log: {lost_text(body)})"
+    )

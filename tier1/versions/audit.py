@@ -7,7 +7,7 @@ from typing import Literal
 
 from fednested_lib.errors import ChainError
 from tier1.versions.chain import Chain
-from tier1.versions.manifest import Accepted, Candidate, DenseInput, Refused
+from tier1.versions.manifest import Accepted, Candidate, Cut, DenseInput, Refused
 from tier1.versions.state import ChainState
 
 
@@ -16,7 +16,7 @@ class AuditRow:
     """One input of a version; a field that does not apply is None."""
 
     kind: Literal["accepted", "refused", "dense"]
-    source: str  # topic[partition]@offset
+    source: str  # topic[partition]@offset, and which log if an operator accepted another one
     update_id: str | None = None
     who: str | None = None
     sequence: int | None = None
@@ -87,18 +87,19 @@ def _standing(state: ChainState, version: int) -> tuple[str, ...]:
 def _rows(candidate: Candidate) -> tuple[AuditRow, ...]:
     if candidate.inputs.dense is not None:
         return (_dense(candidate.inputs.dense),)
-    topic = candidate.inputs.cut.topic
-    rows = [
-        *(_accepted(topic, row) for row in candidate.accepted),
-        *(_refused(topic, row) for row in candidate.refused),
-    ]
-    return tuple(rows)
+    cut = candidate.inputs.cut
+    return (*(_accepted(cut, row) for row in candidate.accepted), *(_refused(cut, row) for row in candidate.refused))
 
 
-def _accepted(topic: str, row: Accepted) -> AuditRow:
+def _source(cut: Cut, row: Accepted | Refused) -> str:
+    which = f" of log {cut.generation}" if cut.generation else ""
+    return f"{cut.topic}[{row.partition}]@{row.offset}{which}"
+
+
+def _accepted(cut: Cut, row: Accepted) -> AuditRow:
     return AuditRow(
         kind="accepted",
-        source=f"{topic}[{row.partition}]@{row.offset}",
+        source=_source(cut, row),
         update_id=row.update_id,
         who=row.client_id,
         sequence=row.sequence,
@@ -115,10 +116,10 @@ def _accepted(topic: str, row: Accepted) -> AuditRow:
     )
 
 
-def _refused(topic: str, row: Refused) -> AuditRow:
+def _refused(cut: Cut, row: Refused) -> AuditRow:
     return AuditRow(
         kind="refused",
-        source=f"{topic}[{row.partition}]@{row.offset}",
+        source=_source(cut, row),
         update_id=row.update_id,
         who=row.client_id,
         sequence=row.sequence,

@@ -75,6 +75,12 @@ def lost_ranges(accepted: LogAccepted) -> dict[str, tuple[int, int]]:
     return {partition: (start, end) for partition, (start, end) in sorted(ends.items()) if start < end}
 
 
+def lost_text(accepted: LogAccepted) -> str:
+    """Return `lost_ranges` as people read them."""
+    ranges = lost_ranges(accepted).items()
+    return ", ".join(f"{partition}:[{start}, {end})" for partition, (start, end) in ranges) or "nothing"
+
+
 def _first_new(log: UpdateLog, topic: str, partition: int, bounds: tuple[int, int], state: ChainState) -> int:
     """Return the first offset that holds, or will hold, a record that the chain did not consume from there."""
     low, high = bounds

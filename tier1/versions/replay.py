@@ -2,17 +2,19 @@
 
     version_n = F(… F(F(genesis, inputs_1), inputs_2) …, inputs_n)
 
-Nothing but genesis's blobs, the chain and the archive is read. On the numeric profile that the manifest records, every
-blob must come out with the recorded digest: `identical`, or `differs` and the slice is named. On another profile blobs
-that differ are compared with the originals, if there are any: `equivalent` with the largest difference. Evidence that
-does not hold (an altered envelope, payload, delta slice or entry) stops the replay and is named.
+Nothing but genesis's blobs, the chain and the archive is read. With the code and on the numeric profile that the
+manifest records, every blob must come out with the recorded digest: `identical`, or `differs` and the slice is named.
+With other code or on another profile blobs that differ are compared with the originals, if there are any: `equivalent`
+with the largest difference. Evidence that does not hold (an altered envelope, payload, delta slice or entry) stops the
+replay and is named.
 
 `verify_log` compares every cut with the log as long as its retention lasts; `verify_blobs` re-reads the stored weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,7 +31,7 @@ from tier1.versions.build import fold_candidate
 from tier1.versions.chain import Chain
 from tier1.versions.cut import read_cut
 from tier1.versions.dense_update import verify_dense
-from tier1.versions.manifest import Accepted, Candidate
+from tier1.versions.manifest import Accepted, Candidate, Cut, LogAccepted
 from tier1.versions.state import ChainState, Sealed, VersionView, history_of
 
 Verdict = Literal["identical", "equivalent", "differs"]
@@ -42,7 +44,7 @@ class Replayed:
 
     Args:
         version: its number.
-        verdict: `identical`, `equivalent` (other numeric profile, small difference) or `differs`.
+        verdict: `identical`, `equivalent` (other code or numeric profile, small difference) or `differs`.
         n_blobs: slices compared.
         n_folded: slices that this version made.
         where: first slice or manifest row that differs; None when identical.
@@ -61,7 +63,7 @@ class Replayed:
 class LogCheck:
     """Whether the log still holds what an entry consumed: `same`, `expired` by retention, or `replaced`.
 
-    Replaced: the cut is of a generation of the log that an operator gave up; its records are in the archive alone.
+    Replaced: an operator accepted the log without these records, or another log; they are in the archive alone.
     """
 
     entry: str
@@ -134,12 +136,13 @@ def verify_log(chain: Chain, log: UpdateLog) -> list[LogCheck]:
         LogError: the log is another one, or its records are not those that were consumed.
         ChainCorrupt: a record is not the one that its manifest row names.
     """
-    checks, generation = [], chain.state().generation
-    for sealed in _folds(chain.entries()):
+    checks, entries = [], chain.entries()
+    accepted = [sealed.entry.body for sealed in entries if isinstance(sealed.entry.body, LogAccepted)]
+    for sealed in _folds(entries):
         cut = sealed.entry.body.candidate.inputs.cut
         if cut is None:
             continue
-        if cut.generation < generation:
+        if _given_up(cut, accepted):
             checks.append(LogCheck(entry=sealed.name, status="replaced", n_records=cut.n_records))
             continue
         lows = {str(partition): low for partition, (low, _) in log.watermarks(cut.topic).items()}
@@ -156,6 +159,18 @@ def verify_log(chain: Chain, log: UpdateLog) -> list[LogCheck]:
                 )
         checks.append(LogCheck(entry=sealed.name, status="same", n_records=cut.n_records))
     return checks
+
+
+def _given_up(cut: Cut, accepted: Sequence[LogAccepted]) -> bool:
+    """Tell whether the log no longer answers for a cut: an operator accepted another one, or this one without it."""
+    return any(
+        later.generation > cut.generation
+        and (
+            later.log_id != cut.log_id
+            or any(start < end > later.offsets.get(partition, 0) for partition, (start, end) in cut.ranges.items())
+        )
+        for later in accepted
+    )
 
 
 def verify_archive(chain: Chain, archive: BlobStore) -> int:
@@ -260,14 +275,14 @@ def _compare(
 ) -> Replayed:
     said, found = _digests(recorded), _digests(made)
     different = sorted(key for key in {*said, *found} if said.get(key) != found.get(key))
-    same_profile = recorded.profile == numeric_profile()
+    exact = recorded.profile == numeric_profile() and recorded.code_version == made.code_version
     if not different:
-        row = _different_row(recorded, made) if same_profile else None
+        row = _different_row(recorded, made, exact=exact)
         return Replayed(verdict="differs" if row else "identical", where=row, **common)
     largest = None
     if originals is not None and set(said) == set(found):
         largest = max(_difference(said[key], found[key], target, originals) for key in different)
-    close = not same_profile and largest is not None and largest <= TOLERANCE
+    close = not exact and largest is not None and largest <= TOLERANCE
     return Replayed(
         verdict="equivalent" if close else "differs", where=different[0], largest_difference=largest, **common
     )
@@ -278,12 +293,23 @@ def _digests(candidate: Candidate) -> dict[str, str]:
     return {**candidate.blobs, **{f"outer/{key}": digest for key, digest in candidate.outer.items()}}
 
 
-def _different_row(recorded: Candidate, made: Candidate) -> str | None:
+def _different_row(recorded: Candidate, made: Candidate, *, exact: bool) -> str | None:
     """Name the first accepted update whose recorded weight is not what F gives."""
     for said, found in zip(recorded.accepted, made.accepted, strict=True):
-        if said != found:
+        if said != found and (exact or not _close(said, found)):
             return f"accepted update {said.update_id[:12]} of {said.client_id}"
     return None
+
+
+def _close(said: Accepted, found: Accepted) -> bool:
+    """Tell whether two rows differ in the rounding of measured numbers alone."""
+    pairs = [(getattr(said, name), getattr(found, name)) for name in Accepted.model_fields]
+    return all(
+        math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        if isinstance(one, float) and isinstance(other, float)
+        else one == other
+        for one, other in pairs
+    )
 
 
 def _difference(recorded: str, made: str, target: BlobStore, originals: BlobStore) -> float:

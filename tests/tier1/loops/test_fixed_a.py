@@ -10,6 +10,7 @@ from fednested_lib.envelope import parse_envelope
 from fednested_lib.fixed_a import fixed_rows, seed_of
 from fednested_lib.partition import expert_param
 from fednested_lib.snapshot import SLICE_TENSOR, expert_of, expert_shapes, read_slice, slice_key
+from tests.federation import PLAIN
 from tests.oracle import Pipeline, Sent, step
 from tier1.versions.archive import decode_payload
 
@@ -58,6 +59,7 @@ def test_devices_in_mode_fixed_a_are_folded_exactly(tmp_path):
         sections={
             "core": {"steps": 2, "batch_size": 2, "seq_len": SEQ_LEN, "threads": 1},
             "window": {"min_updates": 2, "max_wait_s": 0.0},
+            "aggregation": PLAIN,
         },
     )
     for device in (0, 1):

@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 
-from fednested_lib.errors import ChainConflict, ChainCorrupt, ChainError
+from fednested_lib.errors import ChainConflict, ChainCorrupt, ChainError, LogError
 from fednested_lib.log import QUARANTINE, TOPICS, UPDATES, InMemoryLog, Record
 from tests.tier1.versions.scene import Scene
+from tier1.versions.audit import audit
 from tier1.versions.manifest import Cut, LogAccepted
 from tier1.versions.new_log import describe_log, lost_ranges
 from tier1.versions.quarantine import publish_refused
@@ -98,6 +99,27 @@ def test_another_log_is_read_from_its_beginning(consumed):
     consumed.advance()
     assert claims(consumed) == Counter(("ada", sequence) for sequence in range(5))
     assert [check.status for check in verify_log(consumed.chain, consumed.log)] == ["replaced", "replaced", "same"]
+
+
+def test_what_the_accepted_log_still_holds_is_compared_on(consumed):
+    """Only cuts that reach past the place where an operator went on are given up; the others are read again."""
+    old = records(consumed)
+    come_back(consumed, old[:3])
+    accept(consumed)
+    assert [check.status for check in verify_log(consumed.chain, consumed.log)] == ["same", "replaced"]
+    come_back(consumed, [old[1], old[0], old[2]])
+    with pytest.raises(LogError, match="altered or re-used"):
+        verify_log(consumed.chain, consumed.log)
+
+
+def test_the_audit_says_which_log_a_record_lay_in(consumed):
+    """The same offset of two logs is two records."""
+    come_back(consumed, [], "another")
+    accept(consumed)
+    consumed.send("ada", 4, base=consumed.chain.state().versions[0])
+    consumed.advance()
+    sources = [audit(consumed.chain, version).rows[0].source for version in (1, 3)]
+    assert sources == [f"{UPDATES}[{consumed.place}]@0", f"{UPDATES}[{consumed.place}]@0 of log 1"]
 
 
 def test_a_second_loss_is_seen_as_the_first_was(consumed):

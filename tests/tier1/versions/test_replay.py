@@ -253,6 +253,23 @@ def test_same_profile_forgives_nothing(scene, monkeypatch):
     assert result.where is not None
 
 
+def test_other_code_is_equivalent_not_tampering(scene, monkeypatch):
+    """An upgrade may round differently: small differences are measured, a row that says something else is named."""
+    monkeypatch.setattr(build, "code_version", lambda: "9.9+another")
+    perturbed_fold(monkeypatch, 1e-6)
+    assert [result.verdict for result in rebuild(scene, [1, 4], originals=scene.originals)] == ["equivalent"] * 2
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1 + 1e-12, "identical"), (1.01, "differs")])
+def test_other_code_forgives_rounding_of_rows_alone(scene, monkeypatch, factor, verdict):
+    """With other code a recorded norm may differ in its last digits, and in no more."""
+    original = build.magnitude
+    monkeypatch.setattr(build, "code_version", lambda: "9.9+another")
+    monkeypatch.setattr(build, "magnitude", lambda *args: (factor * original(*args)[0], original(*args)[1]))
+    (result,) = rebuild(scene, [1])
+    assert result.verdict == verdict
+
+
 def test_log_that_still_holds_the_cuts_is_the_same(scene):
     """Every cut of versions and rejections is read again; one whose records are gone by retention is `expired`."""
     checks = verify_log(scene.chain, scene.log)
