@@ -2,11 +2,12 @@
 
     device      CONFIG BOOTSTRAP CLIENT TARGET    the device loop until it has made TARGET updates and sent them
     aggregator  CONFIG                            cut, admit, archive, fold, store the candidate
-    committer   CONFIG                            settle, quarantine, receipts, approve, broadcast
+    committer   CONFIG                            settle, quarantine, receipts, write an approval, broadcast
 
-Everything is the product's but the two parts that take seconds of model code: the device's training (a random delta
-stands for it, spooled like a trained one) and the gate's evaluation (it passes). Running a piece again finishes what a
-kill left, or finds it done. Prints `done` at the end; modules are imported before the work begins.
+Everything is the product's but three stand-ins: a random delta, spooled like a trained one, for the device's training;
+a gate that passes, for the evaluation; and a decision written straight to the chain, for the approval. The last goes
+past `decide`: no policy, no promotion checklist, no lineage and no registry is asked or kept. Running a piece again
+finishes what a kill left, or finds it done. Prints `done` at the end; modules are imported before the work begins.
 """
 
 from __future__ import annotations
@@ -72,8 +73,10 @@ class RandomTrainer:
         name, model = self.client.config.client_id, job.model
         shapes = expert_shapes(SnapshotManifest.from_json(self.client.blobs.get(model.snapshot)))
         counts = {int(param.split(".")[2]): [256] * n for param, (n, _, _) in shapes.items()}
+        delta = random_delta(shapes, f"{name}/{job.sequence}", RANKS[CLIENTS.index(name) % len(RANKS)])
+        failpoint("client.after_training")
         self.client.spool.write(
-            random_delta(shapes, f"{name}/{job.sequence}", RANKS[CLIENTS.index(name) % len(RANKS)]),
+            delta,
             sequence=job.sequence,
             base_version=model.version,
             base_digest=model.base_digest,
@@ -115,7 +118,7 @@ def aggregator(config: Path) -> None:
 
 
 def committer(config: Path) -> None:
-    """Settle the newest candidate, repair the views on the log, approve head and announce it."""
+    """Settle the newest candidate, repair the views on the log, write an approval of head and announce it."""
     from functools import partial
 
     from tier1.federation import open_federation
@@ -148,6 +151,7 @@ def _refold(*_):
 
 
 def _approve_head(fed) -> None:
+    """Write an approval of head straight to the chain, which neither a policy nor the promotion checklist has seen."""
     from tier1.versions.commit import utc_now
     from tier1.versions.manifest import Decision
 

@@ -1,4 +1,7 @@
-"""The campaign of kills as figures: one campaign per process, read by every row."""
+"""The campaign of kills as figures: one campaign per process, read by every row.
+
+Its training, gate and approval are stand-ins (`kills_roles.py`): an approval goes past policy, checklist and registry.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ def campaign(kills: int = 200, updates: int = 300) -> Campaign:
 
 @figure("campaign.kills", unit="1", bound=">= 200", cls="long")
 def campaign_kills() -> float:
-    """SIGKILLs between the first and the last durable step of a device, aggregator or committer on a real broker."""
+    """SIGKILLs between durable steps of device, aggregator, committer; training, gate and approval are stand-ins."""
     return len(campaign().kills)
 
 
 @figure("campaign.failpoints", unit="%", bound="== 100", cls="long")
 def campaign_failpoints() -> float:
-    """Named failpoints between the durable steps of the three roles at which a process of the campaign died."""
+    """Failpoints the campaign's three roles can pass, not policy, registry or log loss, at which a process died."""
     return 100 * (1 - len(campaign().missed) / sum(map(len, FAILPOINTS.values())))
 
 

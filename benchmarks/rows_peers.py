@@ -94,7 +94,7 @@ def flwr_factor_error() -> float:
 
 @figure("peers.flwr_nan", unit="1", cls="full")
 def flwr_nan() -> float:
-    """Numbers of 557,056 in flwr FedAvg's model that one NaN client of four turns to NaN; fednested: 0, refused."""
+    """NaN among flwr FedAvg's 557,056 numbers if every number of one client of four is NaN; fednested: 0, refused."""
     with scene(SMALL, 4) as (federation, deltas, paths), Worker("flwr", paths) as flwr:
         flwr.ask("fedavg")
         check_averages(deltas, averages_of(flwr, paths[0].with_name("flwr.npz")), SMALL.n_tensors)

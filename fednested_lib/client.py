@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.config import Tier2Config
-from fednested_lib.errors import ContractError, SnapshotError, StorageError, TransportError
+from fednested_lib.errors import ContractError, LogError, SnapshotError, StorageError, TransportError
 from fednested_lib.events import (
     FederationEnd,
     ModelAvailable,
@@ -121,6 +121,7 @@ class Client:
         self.state = load_state(config.home / "state.json")
         self._control_log = ""
         self._control_offset = 0
+        self._control_digest = ""  # of the record before the offset
         self._announced: ModelAvailable | None = None
         self._ended: FederationEnd | None = None
         self._unnamed: dict[str, tuple[float, int]] = {}  # update id → when it was first seen so, and on which chain
@@ -158,16 +159,27 @@ class Client:
             SnapshotError: the published snapshot is broken at its source.
         """
         identity, (low, high) = self.log.identity(CONTROL), self.log.watermarks(CONTROL)[0]
-        if identity != self._control_log or high < self._control_offset:  # another topic: nothing of it was read yet
+        if identity != self._control_log or not self._goes_on(low, high):  # nothing of what is there was read yet
             self._control_log, self._control_offset = identity, low
-        start = max(self._control_offset, low)
+        start = self._control_offset
         for record in self.log.read(CONTROL, {0: (start, high)}) if start < high else ():
             self._obey(record.value, dict(record.headers))
-        self._control_offset = high
+            self._control_offset, self._control_digest = record.offset + 1, record.digest
         self._queue_unnamed()
         event, held = self._announced, self.state.model
         if event is not None and (held is None or event.snapshot != held.snapshot):
             self._fetch(event)
+
+    def _goes_on(self, low: int, high: int) -> bool:
+        """Tell whether the record read last is still in its place; if not, the topic lost records and grew again."""
+        last = self._control_offset - 1
+        if not low <= last < high:
+            return False
+        try:
+            (record,) = self.log.read(CONTROL, {0: (last, last + 1)})
+        except LogError as error:
+            raise TransportError(f"control topic changed while it was read: look again ({error})") from None
+        return record.digest == self._control_digest
 
     def _obey(self, value: bytes, headers: dict[str, bytes]) -> None:
         try:

@@ -6,7 +6,7 @@ reads a command a line from standard input, answers with one JSON line each:
 
     fedavg          Array and ArrayRecord of every tensor → deflate → object store → pull and inflate → FedAvg
     krum F          the same records through Krum with F malicious nodes, aggregation alone
-    nan             FedAvg where the first client's first tensor is one NaN
+    nan             FedAvg where every number of the first client is NaN
     write PATH      the last aggregate, as .npz
     load PATH …     other clients' tensors instead of the ones it was started with
 
@@ -85,7 +85,7 @@ def krum(clients: list[dict[str, np.ndarray]], f: int) -> tuple[ArrayRecord, dic
 
 
 def nan(clients: list[dict[str, np.ndarray]]) -> tuple[ArrayRecord, dict]:
-    """Count the NaN that one client's broken tensors leave in FedAvg's result."""
+    """Count the NaN that a client whose every number is NaN leaves in FedAvg's result."""
     broken = {name: np.full_like(array, np.nan) for name, array in clients[0].items()}
     replies = [reply(content, number) for number, content in enumerate([broken, *clients[1:]])]
     arrays, _ = FedAvg().aggregate_train(1, replies)

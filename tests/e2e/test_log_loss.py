@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -129,9 +131,14 @@ def check(world: World, tmp_path: Path, *, given_up: int) -> None:
     fed.close()
 
 
-def command(world: World, *arguments: str) -> subprocess.CompletedProcess:
+def command(world: World, *arguments: str, failpoint: str = "") -> subprocess.CompletedProcess:
+    return process("fednested_lib.cli", "tier1", *arguments, "--config", str(world.config), failpoint=failpoint)
+
+
+def process(module: str, *arguments: str, failpoint: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "fednested_lib.cli", "tier1", *arguments, "--config", str(world.config)],
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, "FEDNESTED_FAILPOINT": failpoint},
         capture_output=True,
         text=True,
         timeout=120,
@@ -176,3 +183,17 @@ def test_another_cluster_is_a_named_stop_and_heals_by_resends(world, tmp_path):
     assert "the cluster burnt down" in command(world, "status").stdout
     assert heal(world) == {"duplicate": PER_TURN}
     check(world, tmp_path, given_up=2)
+
+
+def test_a_resend_survives_kills_of_who_asks_and_who_answers(world, tmp_path):
+    """Killed when it had asked, tier 1 asks again; killed when it had queued, a device queues again; all once."""
+    world.lose()
+    killed = command(world, "accept-log", "--reason", "a power cut", failpoint="resend.after_publish")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    world.turn()  # the committer repairs the view
+    bootstrap, made = world.broker.bootstrap, str(world.made["bob"])
+    arguments = ("device", str(world.config), bootstrap, "bob", made)
+    killed = process("benchmarks.kills_roles", *arguments, failpoint="client.after_send_again")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert heal(world) == {"duplicate": PER_TURN}
+    check(world, tmp_path, given_up=1)

@@ -10,12 +10,13 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.client import run
+from fednested_lib.client import Client, run
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import decode
 from fednested_lib.envelope import HEADER, parse_envelope, verify_envelope
@@ -29,6 +30,7 @@ from fednested_lib.events import (
     sign_event,
 )
 from fednested_lib.log import CONTROL, TELEMETRY, TOPICS, UPDATES, InMemoryLog
+from fednested_lib.outbox import Outbox
 from fednested_lib.signing import Signer
 from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
 
@@ -471,6 +473,82 @@ def test_a_control_topic_that_was_lost_is_read_from_its_beginning(world, name, m
         old._records, old._low, old.name = world.log._records, world.log._low, name
     device.join(20)
     assert not device.is_alive()
+
+
+@pytest.mark.parametrize("more", [0, 5])
+def test_a_control_topic_that_regrew_between_two_looks_is_read_from_its_beginning(world, more):
+    """One live device, the same topic cut to nothing and as long as before or longer at its next look: all is heard."""
+    world.publish(0)
+    config = world.config(training={"updates_per_base": 2, "max_updates": 9})
+    with Outbox(config.home / "outbox", max_bytes=1 << 30) as outbox:
+        device = Client(config, world.log, outbox, lambda: False)
+        device.follow()
+        for _ in range(2):
+            device.start_job()
+            device.finish_job()
+        device.send()
+        settled, late = outbox.unconfirmed()
+        for _ in range(3):
+            world.tell(FederationEnd(federation="other", chain_seq=0))
+        device.follow()
+        with world.log._lock:
+            world.log._records[CONTROL][0].clear()
+        world.improve()
+        world.publish(2)
+        world.tell(UpdatesSettled(federation="fednested", chain_seq=2, update_ids=[settled.update_id]))
+        world.tell(ResendUnsettled(federation="fednested", chain_seq=1))
+        world.tell(FederationEnd(federation="fednested", chain_seq=2))
+        for _ in range(more):
+            world.tell(FederationEnd(federation="other", chain_seq=2))
+        device.follow()
+        assert device.state.model.version == 2
+        assert [item.update_id for item in outbox.pending()] == [late.update_id]
+        assert device._ended is not None
+
+
+def test_a_control_topic_cut_while_a_device_looks_is_read_at_the_next_look(world, monkeypatch):
+    """Records that vanish between watermarks and reading are no end of the device, and what comes then is heard."""
+    world.publish(0)
+    config = world.config()
+    with Outbox(config.home / "outbox", max_bytes=1 << 30) as outbox:
+        device = Client(config, world.log, outbox, lambda: False)
+        device.follow()
+        seen = world.log.watermarks(CONTROL)
+        world.log._records[CONTROL][0].clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(world.log, "watermarks", Mock(side_effect=[seen, world.log.watermarks(CONTROL)]))
+            device._online(device.follow)
+        world.tell(FederationEnd(federation="fednested", chain_seq=0))
+        device.follow()
+        assert device._ended is not None
+
+
+def test_a_control_topic_that_is_read_twice_changes_nothing(world):
+    """Events heard again, all of them: no second resend, the same model, the same end; what came after an end too."""
+    world.publish(0)
+    config = world.config(training={"max_updates": 9})
+    with Outbox(config.home / "outbox", max_bytes=1 << 30) as outbox:
+        device = Client(config, world.log, outbox, lambda: False)
+        device.follow()
+        device.start_job()
+        device.finish_job()
+        device.send()
+        world.tell(UpdatesSettled(federation="fednested", chain_seq=1, update_ids=["0" * 64]))
+        world.tell(ResendUnsettled(federation="fednested", chain_seq=1))
+        world.tell(FederationEnd(federation="fednested", chain_seq=1))
+        world.publish(2)
+        device.follow()
+        device.send()
+        held = device.state, device._ended, outbox.unconfirmed()
+        assert device._ended is None
+        device._control_digest = "of another record"
+        device.follow()
+        assert (device.state, device._ended, outbox.unconfirmed()) == held
+        world.tell(FederationEnd(federation="fednested", chain_seq=2))
+        for digest in (device._control_digest, "of another record"):
+            device._control_digest = digest
+            device.follow()
+            assert device._ended is not None
 
 
 def test_what_is_in_the_outbox_is_never_made_again(world):

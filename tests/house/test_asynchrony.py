@@ -90,6 +90,16 @@ def test_an_asynchronous_run_that_waits_for_all_gains_nothing(small, monkeypatch
     assert speed_up(rounds, champions) == 1.0
 
 
+def test_each_way_is_tuned_by_itself(small, monkeypatch) -> None:
+    """The rounds that end lowest are the target, and of the runs to it the first counts; at equal ways it is them."""
+    monkeypatch.setattr(asynchrony, "ASYNCHRONOUS", asynchrony.SYNCHRONOUS)
+    monkeypatch.setattr(asynchrony, "ETAS", (0.0, 4.0, 1.0))
+    losses = {eta: round_losses(0, eta)[-1] for eta in asynchrony.ETAS}
+    rounds, champions = asynchrony.tuned(0)
+    assert rounds[-1].loss == min(losses.values()) < losses[1.0] < losses[0.0]
+    assert champions == rounds
+
+
 def test_a_run_that_never_gets_there_is_an_error() -> None:
     """A loss that is not reached in time is no speed-up."""
     with pytest.raises(RuntimeError, match="no champion reached 1"):
