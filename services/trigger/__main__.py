@@ -60,9 +60,9 @@ def run(
 
 def _told_to_stop() -> threading.Event:
     """Return an event that SIGTERM and SIGINT set; from a thread, because a handler could meet the event's own lock."""
-    stop, signals = threading.Event(), {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(target=lambda: (signal.sigwait(signals), stop.set()), daemon=True).start()
+    stop = threading.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: threading.Thread(target=stop.set).start())
     return stop
 
 

@@ -203,6 +203,7 @@ def test_triggers_on_one_broker_have_groups_of_their_own(
         raise Opened
 
     monkeypatch.setattr(main, "KafkaPositions", positions)
+    monkeypatch.setattr(main, "_told_to_stop", threading.Event)  # else the signals of this very process
     app = typer.Typer()
     app.command()(main.run)
     for name, options in (("fed", {}), (federation, changed)):
