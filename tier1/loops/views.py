@@ -33,9 +33,11 @@ def sync_views(fed: Federation) -> None:
     Raises:
         TransportError: a server does not answer; the chain is unharmed, the next call repairs.
     """
-    publish_outcomes(fed)
-    repair_from_chain(fed.registry, lambda: registry_state(fed))
-    _record_versions(fed, fed.chain.entries())
+    entries: list[Sealed] = []
+    while len(entries) < len(entries := fed.chain.entries()):  # another committer may append meanwhile
+        publish_outcomes(fed)
+        repair_from_chain(fed.registry, lambda: registry_state(fed))
+        _record_versions(fed, entries)
 
 
 def publish_outcomes(fed: Federation) -> None:

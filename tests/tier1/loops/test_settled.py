@@ -7,6 +7,7 @@ import pytest
 from fednested_lib.events import UpdatesSettled, verify_event
 from fednested_lib.log import CONTROL
 from tests.federation import Device, make_federation
+from tier1.loops import evaluate_and_promote, views
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
 from tier1.loops.evaluate_and_promote import settle_candidate
@@ -80,3 +81,26 @@ def test_a_large_cut_is_told_in_bounded_events(fed, monkeypatch):
     turn(fed)
     assert sorted(len(event.update_ids) for event in settled(fed)) == [1, 2]
     assert {each for event in settled(fed) for each in event.update_ids} == sent
+
+
+def test_a_version_that_another_committer_adds_meanwhile_is_shown_too(fed, monkeypatch):
+    """Repaired for version 1, then there is version 2, whose committer has not come to its views yet."""
+    repair, late = views.repair_from_chain, []
+
+    def overtaken(*arguments):
+        changes = repair(*arguments)
+        if not late:
+            late.append(Device(fed, "bob").send())
+            with monkeypatch.context() as other:
+                other.setattr(evaluate_and_promote, "sync_views", lambda _fed: None)
+                turn(fed)
+        return changes
+
+    Device(fed, "ann").send()
+    turn(fed)
+    monkeypatch.setattr(views, "repair_from_chain", overtaken)
+    sync_views(fed)
+    newest = fed.chain.entries()[-1]
+    assert [row.update_id for row in newest.entry.body.candidate.accepted] == [late[0].update_id]
+    assert fed.lineage.has(manifest_digest=newest.digest)
+    assert fed.registry.get("candidate").manifest_digest == newest.digest
