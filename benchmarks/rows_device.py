@@ -22,9 +22,10 @@ from benchmarks.device_step import FEW, MANY, gradients, make_model, make_text, 
 from benchmarks.registry import Reading, figure
 from benchmarks.results import ROOT
 from fednested_lib.adapters import attach, merge
+from fednested_lib.blobs import BlobStore
 from fednested_lib.delta import AdapterSpec
 from fednested_lib.frozen import FrozenWeight, quantise_experts
-from fednested_lib.snapshot import build_model
+from fednested_lib.snapshot import SnapshotManifest, build_model, describe_config, write_state_dict
 from fednested_lib.text import load_tokenizer, pack, read_texts
 from fednested_lib.training import mean_loss, train_adapters
 from tests.peft_oracle import factors_of
@@ -91,6 +92,20 @@ def step_8_experts_1024_tokens() -> Reading:
     return over_peft(FEW, 1024)
 
 
+@figure("device.frozen_share", unit="%", cls="full")
+def frozen_share() -> Reading:
+    """Time of a forward and backward of the bare model (transformers' own, to its inputs), of a step's at 256 tokens."""
+    with one_thread():
+        (model, adapters), frozen, text = ours(MANY), make_model(MANY), make_text(256)
+
+        def frozen_pass() -> None:
+            inputs = frozen.get_input_embeddings()(text).requires_grad_()
+            frozen(inputs_embeds=inputs, use_cache=False).logits.mean().backward()
+
+        found = ratio(frozen_pass, stepper(model, adapters.parameters(), text))
+    return Reading(value=100 * found.value, low=100 * found.low, high=100 * found.high)
+
+
 @figure("device.step_memory", unit="%", bound="<= 25", cls="full")
 def step_memory() -> float:
     """Peak memory of a step above the loaded model, of peft's, at 64 experts; the worse of 64 and 256 tokens."""
@@ -99,7 +114,11 @@ def step_memory() -> float:
 
 def peak_bytes(kind: str, n_tokens: int) -> int:
     """Return what two steps take above the loaded model, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.device_step", kind, str(n_tokens)]
+    return _printed_by("benchmarks.device_step", kind, str(n_tokens))
+
+
+def _printed_by(module: str, *arguments: str) -> int:
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -118,20 +137,36 @@ def int4_memory() -> float:
     return full / sum(buffer.untyped_storage().nbytes() for buffer in held)
 
 
+@figure("device.int4_load", unit="%", bound="<= 25", cls="full")
+def int4_load() -> float:
+    """Peak memory of loading a snapshot with int4 experts, above imports, of what its experts take in fp32."""
+    with tempfile.TemporaryDirectory() as directory:
+        model, store = make_model(MANY), BlobStore(directory)
+        full = sum(each.nbytes for name, each in model.named_parameters() if ".experts." in name)
+        manifest = SnapshotManifest(
+            version=0,
+            family="mixtral",
+            model_config=describe_config(model.config),
+            tokenizer="0" * 64,
+            blobs=write_state_dict(model.state_dict(), "mixtral", store),
+        )
+        return 100 * _printed_by("benchmarks.device_load", directory, store.put(manifest.to_json()), "int4") / full
+
+
 @figure("device.int4_step", unit="x", bound="<= 1.6", cls="full")
 def int4_step() -> Reading:
     """Time of a step on int4 experts over one on fp32 experts, the worst of 64 and 8 experts, 256 and 1024 tokens."""
-    found = [_frozen_ratio("int4", shape, n) for shape in (MANY, FEW) for n in (256, 1024)]
+    found = [_over_fp32("int4", shape, n) for shape in (MANY, FEW) for n in (256, 1024)]
     return max(found, key=lambda reading: reading.value)
 
 
 @figure("device.int8_step", unit="x", cls="full")
 def int8_step() -> Reading:
     """The same for int8, 64 experts and 256 tokens."""
-    return _frozen_ratio("int8", MANY, 256)
+    return _over_fp32("int8", MANY, 256)
 
 
-def _frozen_ratio(form: str, shape: dict[str, int], n_tokens: int) -> Reading:
+def _over_fp32(form: str, shape: dict[str, int], n_tokens: int) -> Reading:
     with one_thread():
         text, (held, on_held), (full, on_full) = make_text(n_tokens), ours(shape, form), ours(shape)
         return ratio(stepper(held, on_held.parameters(), text), stepper(full, on_full.parameters(), text))
