@@ -94,7 +94,7 @@ def step_8_experts_1024_tokens() -> Reading:
 
 @figure("device.frozen_share", unit="%", cls="full")
 def frozen_share() -> Reading:
-    """Time of a forward and backward of the bare model (transformers' own, to its inputs), of a step's at 256 tokens."""
+    """Time of forward and backward of the bare model (transformers' own, to its inputs), of a step's at 256 tokens."""
     with one_thread():
         (model, adapters), frozen, text = ours(MANY), make_model(MANY), make_text(256)
 

@@ -186,8 +186,21 @@ def test_loads_quantised_expert_by_expert(make_model, family, form, tmp_path, mo
     """A snapshot loaded quantised equals one quantised after loading, and one expert is in fp32 at a time."""
     store, model = BlobStore(tmp_path), make_model(family)
     manifest = _published(model, family, store)
-    monkeypatch.setattr("fednested_lib.snapshot.read_state_dict", None)  # what holds all experts in fp32
-    loaded = build_model(manifest, store, experts="fednested_lora", frozen=form)
+    read, alive = [], []
+    original = FrozenWeight.__setitem__
+
+    def spy(self, expert, weight):
+        storage = weight.untyped_storage()
+        assert storage.nbytes() == weight.nbytes  # no part of a larger tensor
+        read.append(weakref.ref(storage))
+        alive.append(sum(each() is not None for each in read))
+        original(self, expert, weight)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FrozenWeight, "__setitem__", spy)
+        loaded = build_model(manifest, store, experts="fednested_lora", frozen=form)
+    assert len(alive) == sum("/" in key for key in manifest.blobs if "experts" in key)
+    assert max(alive) <= 2  # this one, and the one before until its name is bound anew
     quantise_experts(model, form)
     attach(model, SPEC, None, seed=0)
     detach(model)
