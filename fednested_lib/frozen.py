@@ -159,10 +159,11 @@ def quantised_experts_forward(
     expert_s, order_s = torch.sort(top_k_index.reshape(-1), stable=True)
     offsets_e = torch.bincount(expert_s, minlength=experts.num_experts).cumsum(0)
     token_s = order_s // top_k_index.shape[-1]
-    up_sf = _Projection.apply(hidden_states[token_s], experts.gate_up_proj, offsets_e)
-    hidden_sf = experts._apply_gate(up_sf) * top_k_weights.reshape(-1, 1)[order_s]
+    x_nd = hidden_states.to(experts.gate_up_proj.dtype)
+    up_sf = _Projection.apply(x_nd[token_s], experts.gate_up_proj, offsets_e)
+    hidden_sf = experts._apply_gate(up_sf) * top_k_weights.reshape(-1, 1)[order_s].to(up_sf)
     out_sd = _Projection.apply(hidden_sf, experts.down_proj, offsets_e)
-    return torch.zeros_like(hidden_states).index_add(0, token_s, out_sd)
+    return torch.zeros_like(x_nd).index_add(0, token_s, out_sd).to(hidden_states.dtype)
 
 
 def quantise_experts(model: nn.Module, form: Form) -> None:

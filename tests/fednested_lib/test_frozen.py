@@ -117,6 +117,17 @@ def test_without_adapters(make_model, family):
     _close(*grads)
 
 
+def test_half_precision_core(make_model):
+    """Quantised experts compute in fp32 under a bf16 core, in layers with and without adapters."""
+    model = make_model("mixtral").bfloat16()
+    quantise_experts(model, "int8")
+    adapters = _adapted(model, {1: (0, 3)})
+    logits = model(input_ids=IDS).logits
+    assert logits.dtype == torch.bfloat16
+    logits.float().square().mean().backward()
+    assert all(parameter.grad.dtype == torch.float32 and parameter.grad.any() for parameter in adapters.parameters())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_dequantises_routed_experts_once_each_way(form, monkeypatch):
     """Forward and backward each de-quantise the experts that got rows, one at a time into one matrix, and no other."""
