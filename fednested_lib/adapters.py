@@ -30,6 +30,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors, fixed_factor
 from fednested_lib.errors import ContractError
+from fednested_lib.frozen import is_quantised, project, project_back, quantised_experts_forward, require_masters
 from fednested_lib.partition import PROJECTIONS, expert_name, expert_param
 
 IMPLEMENTATION = "fednested_lora"
@@ -59,7 +60,7 @@ class _LayerAdapter:
         self.layer, self.expert_ids, self.spec = layer, expert_ids, spec
         weight = experts.down_proj
         # The rank is padded with zero vectors to the alignment of grouped_mm; their gradients are zero, so they stay.
-        multiple = _ALIGNMENT_BYTES // weight.element_size()
+        multiple = _ALIGNMENT_BYTES // weight.dtype.itemsize
         rank = -(-spec.rank // multiple) * multiple
         self.factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for projection in PROJECTIONS:
@@ -153,11 +154,11 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_nd, weight_nk, up_a, up_b, down_a, down_b, experts, route, scale):
         x_sd = x_nd[route.token_s]
-        up_sf = grouped_mm(x_sd, experts.gate_up_proj.transpose(1, 2), offs=route.offsets_e)
+        up_sf = project(x_sd, experts.gate_up_proj, route.offsets_e)
         up_low = _add_low_rank(up_sf, x_sd, up_a, up_b, route, scale)
         # Weighting before the down-projection saves keeping its output for the router's gradient.
         hidden_sf = experts._apply_gate(up_sf) * _sorted(weight_nk, route)
-        out_sd = grouped_mm(hidden_sf, experts.down_proj.transpose(1, 2), offs=route.offsets_e)
+        out_sd = project(hidden_sf, experts.down_proj, route.offsets_e)
         down_low = _add_low_rank(out_sd, hidden_sf, down_a, down_b, route, scale)
         ctx.save_for_backward(x_nd, weight_nk, up_a, up_b, down_a, down_b, up_sf, up_low, down_low)
         ctx.constants = experts, route, scale
@@ -176,7 +177,7 @@ class _RoutedExperts(torch.autograd.Function):
         grad_down_a, grad_down_b, grad_low = _low_rank_gradients(
             grad_sd, gated_sf.detach() * weight_s1, down_low, ctx.needs_input_grad[4], down_b, route, scale
         )
-        grad_hidden_sf = grouped_mm(grad_sd, experts.down_proj, offs=route.offsets_e)
+        grad_hidden_sf = project_back(grad_sd, experts.down_proj, route.offsets_e)
         _add_input_gradient(grad_hidden_sf, grad_low, down_a, route)
         (grad_up_sf,) = torch.autograd.grad(gated_sf, up_sf, grad_hidden_sf * weight_s1)
 
@@ -185,7 +186,7 @@ class _RoutedExperts(torch.autograd.Function):
         )
         grad_x_nd = grad_weight_nk = None
         if ctx.needs_input_grad[0]:
-            grad_x_sd = grouped_mm(grad_up_sf, experts.gate_up_proj, offs=route.offsets_e)
+            grad_x_sd = project_back(grad_up_sf, experts.gate_up_proj, route.offsets_e)
             _add_input_gradient(grad_x_sd, grad_low, up_a, route)
             grad_x_nd = _unsorted(grad_x_sd, route, weight_nk.shape)
         if ctx.needs_input_grad[1]:
@@ -209,7 +210,8 @@ def routed_experts_forward(
     """Run an experts module, with its adapter if one is attached (transformers' experts interface)."""
     slot = experts.__dict__.get(_SLOT)
     if slot is None:
-        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+        plain = quantised_experts_forward if is_quantised(experts) else grouped_mm_experts_forward
+        return plain(experts, hidden_states, top_k_index, top_k_weights)
     adapter, feed = slot
     dtype = experts.gate_up_proj.dtype
     route = adapter.route(top_k_index)
@@ -313,10 +315,10 @@ def _check_layout(layer: int, experts: nn.Module) -> None:
             )
     for projection in PROJECTIONS:
         weight = getattr(experts, projection)
-        if weight.shape[2] * weight.element_size() % _ALIGNMENT_BYTES:
+        if weight.shape[2] * weight.dtype.itemsize % _ALIGNMENT_BYTES:
             raise ContractError(
                 "unsupported_experts",
-                f"{projection} of layer {layer} has {weight.shape[2]} inputs of {weight.element_size()} bytes, "
+                f"{projection} of layer {layer} has {weight.shape[2]} inputs of {weight.dtype.itemsize} bytes, "
                 f"needs a multiple of {_ALIGNMENT_BYTES} bytes: choose another hidden size",
             )
 
@@ -337,7 +339,7 @@ def attach(
     """Freeze a model and put fresh adapters on its experts.
 
     Args:
-        model: transformers MoE model with fused experts.
+        model: transformers MoE model with fused experts, in fp32 or quantised (see `frozen`).
         spec: rank and alpha.
         expert_ids: layer → ascending expert ids; None adapts every expert of every layer.
         seed: of the initial A.
@@ -383,11 +385,17 @@ def detach(model: nn.Module) -> None:
     hook.remove()
     for module in _experts_modules(model).values():
         module.__dict__.pop(_SLOT, None)
-    model.set_experts_implementation("grouped_mm")
+    if not is_quantised(model):  # those run here alone
+        model.set_experts_implementation("grouped_mm")
 
 
 def merge(model: nn.Module, delta: Delta) -> None:
-    """Add a delta to the experts of a model in place: W_e ← W_e + (α/r)·B_e·A_e."""
+    """Add a delta to the experts of a model in place: W_e ← W_e + (α/r)·B_e·A_e.
+
+    Raises:
+        ContractError: the experts are quantised.
+    """
+    require_masters(model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, factors in delta.factors.items():

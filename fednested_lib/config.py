@@ -15,6 +15,7 @@ from fednested_lib.delta import Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
+from fednested_lib.snapshot import Frozen
 
 PublicKey = Annotated[str, Field(pattern=HEX64)]
 MAX_SEED = (1 << 63) - 1  # what every random generator takes
@@ -35,6 +36,12 @@ class LogConfig(Section):
     def servers(self) -> str:
         """Return the bootstrap servers in force now."""
         return os.environ.get("FEDNESTED_KAFKA_BOOTSTRAP") or self.bootstrap
+
+
+class ModelConfig(Section):
+    """How the frozen experts are held in memory: `fp32`, `int8` (a quarter of it) or `int4` (a seventh)."""
+
+    frozen: Frozen = "fp32"
 
 
 class AdaptersConfig(Section):
@@ -93,6 +100,7 @@ class Tier2Config(Section):
     payloads_uri: str
     log: LogConfig = LogConfig()
     control: ControlConfig
+    model: ModelConfig = ModelConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     training: LocalTrainingConfig = LocalTrainingConfig()
     policy: ExportPolicyConfig = ExportPolicyConfig()

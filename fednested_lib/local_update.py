@@ -180,7 +180,7 @@ class LocalTrainer:
         self._snapshot = self._model = self._adapters = None  # let go of the old model before the new one is built
         manifest = SnapshotManifest.from_json(self.blobs.get(model.snapshot))
         self._rows = self._pack(manifest)
-        self._model = build_model(manifest, self.blobs, experts="fednested_lora")
+        self._model = build_model(manifest, self.blobs, experts="fednested_lora", frozen=self.config.model.frozen)
         how = self.config.adapters
         seed = seed_of(model.base_digest) if how.mode == "fixed_a" else None
         spec = AdapterSpec(rank=how.rank, alpha=how.alpha, mode=how.mode, seed=seed)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,9 @@ from fednested_lib.signing import HEX64, canonical_json, sha256_hex
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fednested_lib.frozen import FrozenWeight
+
+Frozen = Literal["fp32", "int8", "int4"]  # how a device holds the experts in memory; snapshots are fp32
 FORMAT = "fednested.snapshot/1"
 SLICE_TENSOR = "weight"  # the one tensor of an expert slice; nameless, so that equal slices are one blob
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -274,9 +277,17 @@ def read_state_dict(manifest: SnapshotManifest, store: BlobStore) -> dict[str, T
     """
     import torch
 
-    shapes = expert_shapes(manifest)
     # torch's own allocation, because GEMM results may depend on the alignment of their operands.
-    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    return _read(manifest, store, torch.empty)
+
+
+def _read(
+    manifest: SnapshotManifest, store: BlobStore, allocate: Callable[[tuple[int, int, int]], Tensor | FrozenWeight]
+) -> dict[str, Tensor | FrozenWeight]:
+    import torch
+
+    shapes = expert_shapes(manifest)
+    state = {name: allocate(shape) for name, shape in shapes.items()}
     wanted = {slice_key(name, expert) for name, shape in shapes.items() for expert in range(shape[0])}
     found = {key for key in manifest.blobs if expert_of(key) is not None}
     if wanted != found:
@@ -300,7 +311,10 @@ def read_state_dict(manifest: SnapshotManifest, store: BlobStore) -> dict[str, T
 
 
 def build_model(
-    manifest: SnapshotManifest, store: BlobStore, experts: Literal["grouped_mm", "fednested_lora"] = "grouped_mm"
+    manifest: SnapshotManifest,
+    store: BlobStore,
+    experts: Literal["grouped_mm", "fednested_lora"] = "grouped_mm",
+    frozen: Frozen = "fp32",
 ) -> nn.Module:
     """Build the transformers model of a snapshot, in evaluation mode.
 
@@ -308,25 +322,38 @@ def build_model(
         manifest: which snapshot.
         store: holds all its blobs.
         experts: experts implementation; ``fednested_lora`` is the routed path of `adapters`.
+        frozen: hold the experts so; they are quantised one by one as they are read, and only ``fednested_lora``
+            computes with them.
 
     Raises:
         SnapshotError: blobs are missing or corrupt, or do not fit the model config.
     """
-    return assemble(manifest, read_state_dict(manifest, store), experts)
+    if frozen == "fp32":
+        return assemble(manifest, read_state_dict(manifest, store), experts)
+    from fednested_lib.frozen import FrozenWeight
+
+    assert experts == "fednested_lora"
+    return assemble(manifest, _read(manifest, store, lambda shape: FrozenWeight(shape, frozen)), experts)
 
 
-def assemble(manifest: SnapshotManifest, state: dict[str, Tensor], experts: str = "grouped_mm") -> nn.Module:
+def assemble(
+    manifest: SnapshotManifest, state: dict[str, Tensor | FrozenWeight], experts: str = "grouped_mm"
+) -> nn.Module:
     """Build the model of `manifest` around given weights, which it takes over without a copy."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     from fednested_lib.adapters import register
+    from fednested_lib.frozen import FrozenWeight, hold
 
     register()
     config = AutoConfig.for_model(**manifest.model_config)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation=experts)
+    quantised = {name: weight for name, weight in state.items() if isinstance(weight, FrozenWeight)}
+    hold(model, quantised)
+    state = {name: tensor for name, tensor in state.items() if name not in quantised}
     tied = {_HEAD} if config.tie_word_embeddings else set()
     if tied and _head_is_embedding(state):
         state = {name: tensor for name, tensor in state.items() if name != _HEAD}

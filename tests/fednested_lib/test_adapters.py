@@ -11,57 +11,17 @@ import torch
 from fednested_lib.adapters import attach, detach, merge
 from fednested_lib.delta import AdapterSpec, fixed_factor
 from fednested_lib.errors import ContractError
-from fednested_lib.partition import PROJECTIONS
+from tests.peft_oracle import PeftTwin, factors_of
 
 SPEC = AdapterSpec(rank=3, alpha=5.0)
 IDS = torch.randint(0, 96, (3, 17), generator=torch.Generator().manual_seed(1))
 
 
-def _factors(adapters):
-    """Name → (A, Bᵀ) parameters, padded."""
-    found = {}
-    for layer in adapters._layers:
-        for projection in PROJECTIONS:
-            found[f"model.layers.{layer.layer}.mlp.experts.{projection}"] = layer.factors[projection]
-    return found
-
-
 def _randomise_b(adapters, seed=2):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, lora_b in _factors(adapters).values():
+        for _, lora_b in factors_of(adapters).values():
             lora_b[:, : SPEC.rank] = torch.randn(lora_b[:, : SPEC.rank].shape, generator=generator) * 0.2
-
-
-def _peft_model(model, adapters):
-    """The same adapters in peft: all experts, zeros where ours has none (A is copied, so gradients compare)."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=SPEC.rank,
-        lora_alpha=SPEC.alpha,
-        target_modules=[],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        init_lora_weights=False,
-    )
-    wrapped = get_peft_model(model, config).eval()
-    state = dict(wrapped.named_parameters())
-    n_experts = model.config.num_experts
-    pairs = {}
-    for name, (lora_a, lora_b) in _factors(adapters).items():
-        layer, projection = name.split(".")[2], name.rsplit(".", 1)[1]
-        prefix = f"base_model.model.model.layers.{layer}.mlp.experts." + (
-            "base_layer." if projection == "gate_up_proj" else ""
-        )
-        a, b = state[f"{prefix}lora_A.default.weight"], state[f"{prefix}lora_B.default.weight"]
-        ids = list(adapters.expert_ids[int(layer)])
-        full_a = torch.zeros(n_experts, SPEC.rank, lora_a.shape[2])
-        full_b = torch.zeros(n_experts, SPEC.rank, lora_b.shape[2])
-        full_a[ids], full_b[ids] = lora_a.detach()[:, : SPEC.rank], lora_b.detach()[:, : SPEC.rank]
-        a.data = full_a.reshape(-1, full_a.shape[2])
-        b.data = full_b.permute(2, 1, 0).reshape(full_b.shape[2], -1)
-        pairs[name] = (a, b, ids)
-    return wrapped, pairs, n_experts
 
 
 def _loss(model):
@@ -81,18 +41,18 @@ def test_equals_peft(make_model, family, subset):
     sparse = [0, 2] if family == "qwen3_moe" else [0, 1, 2]
     adapters = attach(model, SPEC, subset and dict.fromkeys(sparse, subset), seed=7)
     _randomise_b(adapters)
-    oracle, pairs, n_experts = _peft_model(oracle, adapters)
+    peft = PeftTwin(oracle, adapters)
 
     logits, loss = _loss(model)
-    expected, expected_loss = _loss(oracle)
+    expected, expected_loss = _loss(peft.model)
     loss.backward()
     expected_loss.backward()
 
     _close(logits, expected)
-    for name, (lora_a, lora_b) in _factors(adapters).items():
-        a, b, ids = pairs[name]
-        _close(lora_a.grad[:, : SPEC.rank], a.grad.reshape(n_experts, SPEC.rank, -1)[ids])
-        _close(lora_b.grad[:, : SPEC.rank], b.grad.reshape(-1, SPEC.rank, n_experts).permute(2, 1, 0)[ids])
+    for name, (lora_a, lora_b) in factors_of(adapters).items():
+        grad_a, grad_b = peft.gradients(name)
+        _close(lora_a.grad[:, : SPEC.rank], grad_a)
+        _close(lora_b.grad[:, : SPEC.rank], grad_b)
 
 
 def test_gradient_to_inputs_and_router(make_model, family):
@@ -185,13 +145,13 @@ def test_fixed_a_trains_b_alone(make_model, family):
     spec = AdapterSpec(rank=3, alpha=5.0, mode="fixed_a", seed=f"{7:032x}")
     model = make_model(family)
     fixed = attach(model, spec, {2: (2, 5)}, seed=1)
-    start = _factors(fixed)
+    start = factors_of(fixed)
     trained = list(fixed.parameters())
     assert [id(b) for _, b in start.values()] == [id(each) for each in trained]
     _randomise_b(fixed)
     _loss(model)[1].backward()
     beside = make_model(family)
-    free = _factors(attach(beside, SPEC, {2: (2, 5)}, seed=1))
+    free = factors_of(attach(beside, SPEC, {2: (2, 5)}, seed=1))
     with torch.no_grad():
         for name, (lora_a, lora_b) in free.items():
             lora_a.copy_(start[name][0])
@@ -222,7 +182,7 @@ def test_padding_stays_zero(make_model):
         optimizer.zero_grad()
         _loss(model)[1].backward()
         optimizer.step()
-    for lora_a, lora_b in _factors(adapters).values():
+    for lora_a, lora_b in factors_of(adapters).values():
         assert lora_a.shape[1] == 4
         assert not lora_a[:, 3:].any()
         assert not lora_b[:, 3:].any()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fednested_lib.config import Section, load_yaml
+from fednested_lib.config import TIER2_EXAMPLE, Section, load_tier2, load_yaml
 from fednested_lib.errors import ConfigError
 
 
@@ -53,3 +53,17 @@ def test_aliases_and_equal_keys_in_different_sections_are_fine(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("inner: &shared {size: 2}\nother: *shared\n")
     assert load_yaml(path, Outer, command="x").other.size == 2
+
+
+@pytest.mark.parametrize(("value", "held"), [(None, "fp32"), ("int4", "int4"), ("nf4", None)])
+def test_how_experts_are_held(tmp_path, value, held):
+    """Experts are fp32 unless `model.frozen` says otherwise; another word is one line with the key and the choices."""
+    path = tmp_path / "tier2.yaml"
+    example = TIER2_EXAMPLE.format(client_id="romeo").replace('""', f'"{"0" * 64}"', 1)
+    path.write_text(example + (f"model: {{frozen: {value}}}\n" if value else ""))
+    if held:
+        assert load_tier2(path).model.frozen == held
+        return
+    with pytest.raises(ConfigError, match="model.frozen = 'nf4'.*'fp32', 'int8' or 'int4'") as caught:
+        load_tier2(path)
+    assert "\n" not in str(caught.value)

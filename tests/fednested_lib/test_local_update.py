@@ -9,12 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fednested_lib.adapters import merge
 from fednested_lib.blobs import BlobStore
 from fednested_lib.config import Tier2Config
 from fednested_lib.errors import DataError
 from fednested_lib.fixed_a import seed_of
+from fednested_lib.frozen import FrozenWeight
 from fednested_lib.local_update import Interrupted, Job, LocalTrainer, Model, job_seed, window
-from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
+from fednested_lib.snapshot import (
+    SnapshotManifest,
+    build_model,
+    describe_config,
+    expert_shapes,
+    slice_key,
+    write_state_dict,
+)
 from fednested_lib.spool import Spool
 
 
@@ -83,6 +92,24 @@ def test_fixed_a_is_the_same_for_all_updates_of_a_base(trainer, tmp_path):
     trainer.held = Model(version=1, snapshot=trainer.blobs.put(later.to_json()), base_digest=later.digest, chain_seq=1)
     trainer.manifest = later
     assert np.abs(_trained(trainer, 2)[2].factors[name].lora_a - first.factors[name].lora_a).max() > 0.01
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_trains_on_quantised_experts(trainer, tmp_path, form):
+    """`model.frozen` reaches the model that is trained; the update is one of the fp32 base, and folds into it."""
+    _, plain, fp32 = _trained(trainer, 0)
+    quantised = LocalTrainer(_config(tmp_path, model={"frozen": form}), trainer.blobs, trainer.spool)
+    quantised.manifest, quantised.held = trainer.manifest, trainer.held
+    report, declaration, delta = _trained(quantised, 1)
+    assert {module.form for module in quantised._model.modules() if isinstance(module, FrozenWeight)} == {form}
+    assert declaration.base_digest == plain.base_digest == trainer.manifest.digest
+    assert delta.factors.keys() == fp32.factors.keys()
+    assert report.loss_last > 0
+    master = build_model(trainer.manifest, trainer.blobs)
+    before = master.model.layers[0].mlp.experts.down_proj.clone()
+    merge(master, delta)
+    moved = (master.model.layers[0].mlp.experts.down_proj - before).abs().amax((1, 2))
+    assert [expert for expert in range(6) if moved[expert] > 0] == [1, 3]
 
 
 def _moved(trainer: LocalTrainer) -> dict[str, str]:
