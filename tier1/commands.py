@@ -217,12 +217,19 @@ def replay(
 
 
 @app.command("audit")
-def audit(config: Path = CONFIG, version: int = typer.Option(..., help="version number")) -> None:
+def audit(
+    config: Path = CONFIG,
+    version: int = typer.Option(None, help="version number"),
+    candidate: str = typer.Option(None, help="digest of a candidate, settled or not, as decks name it"),
+) -> None:
     """Print who contributed what with which weight, and what was refused and why."""
     from tier1.federation import open_federation
-    from tier1.loops.replay import audit_version
+    from tier1.loops.replay import audit_candidate, audit_version
 
-    for line in audit_version(open_federation(config), version):
+    if (version is None) == (candidate is None):
+        raise ConfigError("audit is of --version N or of --candidate DIGEST: give one of them")
+    fed = open_federation(config)
+    for line in audit_version(fed, version) if candidate is None else audit_candidate(fed, candidate):
         typer.echo(line)
 
 
