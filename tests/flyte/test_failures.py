@@ -15,7 +15,7 @@ from flytekit.types.error.error import FlyteError
 from flytekit.types.file import FlyteFile
 from pydantic import ValidationError
 
-from fednested_lib.errors import ChainConflict, ContractError, GovernanceError, PolicyDenied
+from fednested_lib.errors import ChainConflict, ConfigError, ContractError, GovernanceError, PolicyDenied
 from fednested_lib.events import LOOPS, WorkflowFailed, verify_event
 from fednested_lib.log import CONTROL
 from services.gates import answer_gates
@@ -133,7 +133,7 @@ def test_a_gate_that_times_out_is_recorded(config: FlyteFile, fed: Federation, m
 
 
 def test_a_dead_log_neither_hides_the_error_nor_loses_the_event(
-    empty: FlyteFile, monkeypatch: pytest.MonkeyPatch
+    empty: FlyteFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """While the broker is away the event stays on disk, in seconds; the next failure's handler announces both."""
     fed = open_federation(empty.path)
@@ -145,6 +145,7 @@ def test_a_dead_log_neither_hides_the_error_nor_loses_the_event(
             deny(empty)
         assert time.monotonic() - began < 10
     monkeypatch.delenv("FEDNESTED_KAFKA_BOOTSTRAP")
+    assert "failure.kept" in capsys.readouterr().out
     assert told(fed) == []
     in_pod(monkeypatch, "f3a2")
     failures.broadcast_failed(config=empty, err=FlyteError(message="x", failed_node_id="n0"))
@@ -160,13 +161,21 @@ def deny(config: FlyteFile) -> None:
     broadcast(config=config)
 
 
-def test_a_handler_that_cannot_record_leaves_the_error_alone(tmp_path: Path) -> None:
-    """With a configuration that nobody can read there is no federation to tell; the first error is what comes out."""
-    config = make_workspace(tmp_path, evaluation={"max_regression": 0.5})
+def test_a_handler_that_cannot_record_leaves_the_error_alone(empty: FlyteFile) -> None:
+    """A home that takes no record costs the event, never the error that the person has to see."""
+    home = open_federation(empty.path).home
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "failures").write_text("in the way")
+    with pytest.raises(PolicyDenied, match="may not"):
+        deny(empty)
+
+
+def test_an_unreadable_configuration_is_said_once_and_plainly(tmp_path: Path) -> None:
+    """Without a configuration there is no federation to tell; the first error is what comes out."""
+    config = make_workspace(tmp_path)
     config.write_text(config.read_text() + "\nrounds: 3\n")
-    with pytest.raises(Exception, match="unknown key rounds"):
+    with pytest.raises(ConfigError, match="unknown key rounds"):
         broadcast(config=FlyteFile(str(config)))
-    assert not list(tmp_path.rglob("failures"))
 
 
 @pytest.mark.parametrize(
