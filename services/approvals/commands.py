@@ -85,9 +85,11 @@ def _send(
 
 def _the_waiting_one(fed: Federation) -> int:
     numbers = [number for number, _ in waiting_versions(fed)]
-    if len(numbers) != 1:
+    if not numbers:
+        raise GovernanceError("no version waits for a decision: `fednested tier1 status` shows what was decided")
+    if len(numbers) > 1:
         raise GovernanceError(
-            f"{len(numbers)} versions wait for a decision ({', '.join(map(str, numbers)) or 'none'}): "
-            "one is decided on at a time; name the one that the report shows with --version"
+            f"{len(numbers)} versions wait ({', '.join(map(str, numbers))}), one is decided on at a time: "
+            "name the one that the deck shows with --version"
         )
     return numbers[0]

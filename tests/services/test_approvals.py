@@ -157,11 +157,11 @@ def test_of_several_versions_one_is_named(tmp_path: Path, admin: AdminStandIn) -
     config = make_workspace(tmp_path)
     error = send("approve", config).exception
     assert isinstance(error, GovernanceError)
-    assert str(error).startswith("0 versions wait for a decision (none)")
+    assert str(error).startswith("no version waits for a decision: ")
     for _ in range(2):
         add_version(open_federation(config))
     error = send("approve", config).exception
-    assert "2 versions wait for a decision (1, 2)" in str(error)
+    assert "2 versions wait (1, 2), one is decided on at a time" in str(error)
     assert send("approve", config, "--version", "2").exit_code == 0
     payload = admin.signals["f1", GATE].value.scalar.primitive.string_value.split(".")[0]
     assert json.loads(base64.urlsafe_b64decode(payload + "=="))["verdict"] == "approve"
