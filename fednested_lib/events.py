@@ -10,13 +10,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from fednested_lib import errors
 from fednested_lib.envelope import ClientId, Digest, FederationName
-from fednested_lib.errors import EnvelopeError
+from fednested_lib.errors import EnvelopeError, FednestedError
 from fednested_lib.signing import Signer, canonical_json, verify
 
 SIGNATURE_HEADER = "fednested-signature"
 MAX_SETTLED = 512  # update ids in one event
 TASK_KINDS = ("aggregate", "core_update")  # that a trigger routes unless it is told otherwise
+LOOPS = ("core_update", "aggregate_experts", "evaluate_and_promote", "broadcast", "nested_round", "sensed_round")
+OURS = tuple(k for k, v in vars(errors).items() if isinstance(v, type) and issubclass(v, FednestedError))
+ERRORS = (*OURS, "Timeout", "Other")  # classes of our tree; nobody answered a gate in time; anything else
 
 
 class _Event(BaseModel):
@@ -88,8 +92,27 @@ class TrainingTask(_Event):
     kind: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
 
 
+class WorkflowFailed(_Event):
+    """An execution of tier 1 failed and changed no champion: for whoever watches, a device does nothing about it.
+
+    Every field is a name of ours or one that Flyte gave: what the error said is in no event, for it may quote data.
+    """
+
+    event: Literal["workflow_failed"] = "workflow_failed"
+    workflow: Literal[LOOPS]
+    node: str = Field(pattern=r"^[a-z0-9-]{0,64}$")
+    execution: str = Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")
+    error: Literal[ERRORS]
+
+
 Event = Annotated[
-    ModelAvailable | FederationEnd | UpdatesSettled | ResendUnsettled | TrainingTelemetry | TrainingTask,
+    ModelAvailable
+    | FederationEnd
+    | UpdatesSettled
+    | ResendUnsettled
+    | TrainingTelemetry
+    | TrainingTask
+    | WorkflowFailed,
     Field(discriminator="event"),
 ]
 _ADAPTER: TypeAdapter = TypeAdapter(Event)

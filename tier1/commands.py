@@ -1,4 +1,4 @@
-"""`fednested tier1 …` and `fednested approvals …`: the commands of a checkout.
+"""`fednested tier1 …`: the commands of a checkout for the loops and their records.
 
 A loop runs as the same Flyte workflow that a cluster runs: `pyflyte run workflows/<loop>.py <loop>` in a process of its
 own, from the checkout's root. What only reads the chain (replay, audit, status) runs here.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -21,12 +22,14 @@ from fednested_lib import errors
 from fednested_lib.errors import ConfigError, ContractError, FednestedError
 from tier1.config import load_tier1
 
+if TYPE_CHECKING:
+    from tier1.federation import Federation
+
 ROOT = Path(__file__).resolve().parent.parent
 GATED = ("evaluate_and_promote", "nested_round")
 CONFIG = typer.Option(..., "--config", help="tier1.yaml")
 
 app = typer.Typer(help="Loops and records of the data centre.", no_args_is_help=True)
-approvals = typer.Typer(help="Decision tokens of approvers.", no_args_is_help=True)
 
 
 def run_workflow(name: str, config: Path, *arguments: str, answer: str | None = None) -> None:
@@ -149,7 +152,7 @@ def _answer_for_newest(config: Path, decision: str, key: Path | None, reason: st
     settled = settle_candidate(fed, newest_candidate(fed))  # the workflow's own settling finds it done
     if key is None or settled.status != "head":
         return settled.candidate, f"{decision}: {reason}" if reason else decision
-    return settled.candidate, _token(fed, settled.version, decision, key, reason)
+    return settled.candidate, issue_token(fed, settled.version, decision, key, reason)
 
 
 @app.command("broadcast")
@@ -214,12 +217,19 @@ def replay(
 
 
 @app.command("audit")
-def audit(config: Path = CONFIG, version: int = typer.Option(..., help="version number")) -> None:
+def audit(
+    config: Path = CONFIG,
+    version: int = typer.Option(None, help="version number"),
+    candidate: str = typer.Option(None, help="digest of a candidate, settled or not, as decks name it"),
+) -> None:
     """Print who contributed what with which weight, and what was refused and why."""
     from tier1.federation import open_federation
-    from tier1.loops.replay import audit_version
+    from tier1.loops.replay import audit_candidate, audit_version
 
-    for line in audit_version(open_federation(config), version):
+    if (version is None) == (candidate is None):
+        raise ConfigError("audit is of --version N or of --candidate DIGEST: give one of them")
+    fed = open_federation(config)
+    for line in audit_version(fed, version) if candidate is None else audit_candidate(fed, candidate):
         typer.echo(line)
 
 
@@ -262,7 +272,13 @@ def status(config: Path = CONFIG) -> None:
         typer.echo(line)
 
 
-def _token(fed, version: int, verdict: str, key: Path, reason: str) -> str:
+def issue_token(fed: Federation, version: int, verdict: str, key: Path, reason: str) -> str:
+    """Sign a decision about one version.
+
+    Raises:
+        ConfigError: the key is no registered approver's.
+        GovernanceError: no such version, or a verdict or reason out of bounds.
+    """
     from fednested_lib.signing import Signer
     from tier1.governance.approvals import issue
     from tier1.loops.evaluate_and_promote import manifest_of
@@ -281,27 +297,3 @@ def _token(fed, version: int, verdict: str, key: Path, reason: str) -> str:
         issued_at=int(time.time()),
         reason=reason,
     )
-
-
-@approvals.command("list")
-def list_approvals(config: Path = CONFIG) -> None:
-    """List versions that wait for a decision."""
-    from tier1.federation import open_federation
-    from tier1.loops.evaluate_and_promote import waiting_versions
-
-    for number, manifest in waiting_versions(open_federation(config)):
-        typer.echo(f"version {number}  manifest {manifest}")
-
-
-@approvals.command("token")
-def token(
-    verdict: str = typer.Argument(help="approve or reject"),
-    config: Path = CONFIG,
-    version: int = typer.Option(..., help="version number"),
-    key: Path = typer.Option(..., help="approver's key"),
-    reason: str = typer.Option("", help="why; one line"),
-) -> None:
-    """Print a signed decision token for the gate of one version."""
-    from tier1.federation import open_federation
-
-    typer.echo(_token(open_federation(config), version, verdict, key, reason))

@@ -8,11 +8,12 @@ An expert that no device of the cut adapted stays bit-identical.
 from flytekit import workflow
 
 from tasks.aggregation import fold_experts, take_cut
+from tasks.failures import aggregate_experts_failed
 from tasks.federation import ConfigFile
 from tier1.loops.records import CandidateRef
 
 
-@workflow
+@workflow(on_failure=aggregate_experts_failed)
 def aggregate_experts(config: ConfigFile) -> CandidateRef:
     """W_experts ← W_experts + η_T2·ΔW_agg.
 

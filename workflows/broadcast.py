@@ -7,12 +7,13 @@ A device downloads the blobs that it does not hold, when it likes, and trains on
 
 from flytekit import workflow
 
+from tasks.failures import broadcast_failed
 from tasks.federation import ConfigFile
 from tasks.publishing import publish
 from tier1.loops.records import Published
 
 
-@workflow
+@workflow(on_failure=broadcast_failed)
 def broadcast(config: ConfigFile) -> Published:
     """W_device ← W_champion.
 

@@ -8,12 +8,13 @@ The delta is a signed input like any device's: it is folded into whatever head i
 
 from flytekit import workflow
 
+from tasks.failures import core_update_failed
 from tasks.federation import ConfigFile
 from tasks.training import authorise, fold_core, pack, train
 from tier1.loops.records import CandidateRef
 
 
-@workflow
+@workflow(on_failure=core_update_failed)
 def core_update(config: ConfigFile, run: str = "") -> CandidateRef:
     """W_core ← W_core + η_core·ΔW_core,  W_experts ← W_experts + η_T1·ΔW_experts.
 

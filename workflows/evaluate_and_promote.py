@@ -9,12 +9,13 @@ A rejection, by the gate or by a person, is a recorded result, never a failed ex
 from flytekit import workflow
 
 from tasks.control.decision import ask_secops
+from tasks.failures import evaluate_and_promote_failed
 from tasks.federation import ConfigFile
 from tasks.promotion import NEWEST, decide, report, settle
 from tier1.loops.records import Outcome
 
 
-@workflow
+@workflow(on_failure=evaluate_and_promote_failed)
 def evaluate_and_promote(config: ConfigFile, candidate: str = NEWEST, channel: str = "console") -> Outcome:
     """W_head ← W_candidate if the automatic gate passes,  W_champion ← W_head if SecOps approves.
 

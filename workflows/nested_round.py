@@ -12,6 +12,7 @@ from typing import NamedTuple
 from flytekit import Resources, dynamic, workflow
 
 from images import specs
+from tasks.failures import nested_round_failed
 from tasks.federation import ConfigFile
 from tasks.promotion import settle
 from tier1.loops.records import Outcome, Published, Settled
@@ -42,7 +43,7 @@ def slow_loop(config: ConfigFile, core: bool) -> Settled:
     return settle(config=config, candidate=candidate.digest)
 
 
-@workflow
+@workflow(on_failure=nested_round_failed)
 def nested_round(config: ConfigFile, core: bool = False, channel: str = "console") -> Round:
     """W ← W + [η_core·ΔW_core + η_T1·ΔW_experts] + η_T2·ΔW_agg,  W_champion ← W,  W_device ← W_champion.
 

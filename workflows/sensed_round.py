@@ -8,6 +8,7 @@ While it waits no pod runs: the connector service looks (`docs/sensors-and-trigg
 from flytekit import workflow
 
 from tasks.aggregation import fold_experts, keep_cut, open_window
+from tasks.failures import sensed_round_failed
 from tasks.federation import ConfigFile
 from tasks.sensors.kafka_window import kafka_window
 from workflows.broadcast import broadcast
@@ -15,7 +16,7 @@ from workflows.evaluate_and_promote import evaluate_and_promote
 from workflows.nested_round import Round
 
 
-@workflow
+@workflow(on_failure=sensed_round_failed)
 def sensed_round(config: ConfigFile, channel: str = "console") -> Round:
     """W_experts ← W_experts + η_T2·ΔW_agg,  W_champion ← W,  W_device ← W_champion, once enough has arrived.
 

@@ -2,8 +2,7 @@
 
 Flyte answers ALREADY_EXISTS both when the name is taken and when the concurrency policy skips a launch, so the
 execution is fetched then, and a skip shows as a name that does not exist. Hence the calls of FlyteRemote's client and
-not its `execute`, which hides which of the two calls found nothing. Endpoint and credentials are flytekit's own
-(`FLYTE_PLATFORM_URL`, `~/.flyte/config.yaml`, …).
+not its `execute`, which hides which of the two calls found nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fednested_lib.errors import ContractError, TransportError
+from services.flyte import calls, connect_remote, details
 from services.trigger.launch import Order
 
 if TYPE_CHECKING:
     from flytekit.remote import FlyteRemote
 
-CALL_TIMEOUT_S = 20.0
 DIGEST_ANNOTATION = "fednested/task-sha256"
 
 
@@ -32,27 +31,13 @@ class FlyteLauncher:
 
     def launch(self, order: Order) -> bool:
         """See `Launcher.launch`."""
-        import grpc
-        from flytekit.clients.auth.exceptions import (
-            AccessTokenNotFoundError,
-            AuthenticationError,
-            AuthenticationPending,
-        )
-        from flytekit.clients.grpc_utils.deadline_interceptor import scoped_grpc_deadline
-        from flytekit.exceptions.base import FlyteException
         from flytekit.exceptions.user import FlyteInvalidInputException
 
-        refused_login = (AccessTokenNotFoundError, AuthenticationError, AuthenticationPending)
         try:
-            with scoped_grpc_deadline(CALL_TIMEOUT_S):
+            with calls(f"Flyte did not launch {order.name}"):
                 found = self._digest_of_execution(order)
         except FlyteInvalidInputException as error:
-            raise ContractError("launch_refused", f"Flyte refuses {order.name}: {_details(error)}") from error
-        except (FlyteException, *refused_login, grpc.RpcError, OSError) as error:  # OSError: those of requests, too
-            raise TransportError(
-                f"Flyte did not launch {order.name} ({type(error).__name__}: {_details(error)}): see that its admin "
-                "runs, and FLYTE_PLATFORM_URL and the credentials"
-            ) from error
+            raise ContractError("launch_refused", f"Flyte refuses {order.name}: {details(error)}") from error
         if found is not None and found != order.digest:
             raise ContractError(
                 "task_id_reused",
@@ -73,7 +58,7 @@ class FlyteLauncher:
             pass
         except FlyteEntityNotExistException as error:
             raise TransportError(
-                f"Flyte has no active launch plan {order.plan} in {project}/{domain} ({_details(error)}): register the "
+                f"Flyte has no active launch plan {order.plan} in {project}/{domain} ({details(error)}): register the "
                 f"project and the plan, then `pyflyte launchplan {order.plan} VERSION --activate`"
             ) from error
         else:
@@ -103,14 +88,4 @@ class FlyteLauncher:
 
 def connect(project: str, domain: str) -> FlyteLauncher:
     """Return a launcher for the Flyte that flytekit's own configuration names."""
-    from flytekit.configuration import Config
-    from flytekit.remote import FlyteRemote
-
-    return FlyteLauncher(FlyteRemote(Config.auto(), default_project=project, default_domain=domain))
-
-
-def _details(error: BaseException) -> str:
-    """Return the server's words, on one line."""
-    cause = error.__cause__
-    text = cause.details() if hasattr(cause, "details") else str(error)
-    return " ".join((text or "no details").split())
+    return FlyteLauncher(connect_remote(project, domain))

@@ -10,9 +10,8 @@ from datetime import timedelta
 from flytekit import Resources, dynamic, wait_for_input
 
 from images import specs
-from tier1.loops.records import Settled
+from tier1.loops.records import GATE, Settled
 
-GATE = "secops-decision"
 PATIENCE = timedelta(days=2)
 ANSWERS = "approve | reject | reject: <reason> | the output of `fednested approvals token`"
 

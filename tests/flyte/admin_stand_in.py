@@ -1,13 +1,18 @@
-"""A stand-in for FlyteAdmin, in this process: flyteidl's real gRPC `AdminService`, as far as the trigger speaks to it.
+"""A stand-in for FlyteAdmin, in this process: flyteidl's real gRPC services, as far as trigger and approvals use them.
 
 What is real: the wire, flytekit's client with its retries and interceptors, the protobufs, the status codes. What is
 not: nothing runs, nothing is stored beyond this process, there is no authentication and one project and domain only.
-What it does of admin's part follows flyteadmin 1.16 (`execution_manager.go`, `execution_validator.go`), as read:
+What it does of admin's part follows flyteadmin 1.16 (`execution_manager.go`, `execution_validator.go`,
+`signal_manager.go`, `signal_validator.go`), as read:
 
     GetActiveLaunchPlan   NOT_FOUND without an active version
     CreateExecution       INVALID_ARGUMENT for a bad name; NOT_FOUND for a plan that is not there; ALREADY_EXISTS for a
                           name that is taken, and also when the plan's concurrency policy skips the launch
     GetExecution          NOT_FOUND for a name that is not there
+    ListExecutions        those whose phase the filter names, by pages
+    ListSignals           the gates that an execution reached; no value while they wait; none for an unknown execution
+    SetSignal             INVALID_ARGUMENT for a gate that was not reached, or a value that is no string; a second value
+                          replaces the first
     everything else       UNIMPLEMENTED
 """
 
@@ -20,15 +25,16 @@ from collections import Counter
 from concurrent import futures
 
 import grpc
-from flyteidl.admin import execution_pb2, launch_plan_pb2
-from flyteidl.core import identifier_pb2
-from flyteidl.service import admin_pb2_grpc
+from flyteidl.admin import execution_pb2, launch_plan_pb2, signal_pb2
+from flyteidl.core import execution_pb2 as phases
+from flyteidl.core import identifier_pb2, types_pb2
+from flyteidl.service import admin_pb2_grpc, signal_pb2_grpc
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 PROJECT, DOMAIN, VERSION = "fednested", "development", "v1"
 
 
-class AdminStandIn(admin_pb2_grpc.AdminServiceServicer):
+class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalServiceServicer):
     """One FlyteAdmin with the given active launch plans.
 
     Attributes:
@@ -38,6 +44,7 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer):
         vanishing: launch plans are taken away once CreateExecution is called.
         lose_answers: how many admitted CreateExecutions are answered UNAVAILABLE.
         delay_s: how long CreateExecution takes, before and after the admission each.
+        signals: (execution, gate) → signal, as propeller creates it when the gate begins to wait.
         calls: RPC → how often.
     """
 
@@ -49,12 +56,14 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer):
         self.vanishing = False
         self.lose_answers = 0
         self.delay_s = 0.0
+        self.signals: dict[tuple[str, str], signal_pb2.Signal] = {}
         self.calls: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def __enter__(self) -> AdminStandIn:
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
+        signal_pb2_grpc.add_SignalServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
         return self
@@ -101,6 +110,45 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer):
         if request.id.name not in self.executions:
             context.abort(grpc.StatusCode.NOT_FOUND, f"no execution {request.id.name}")
         return self.executions[request.id.name]
+
+    def ListExecutions(self, request, context):
+        self.calls["ListExecutions"] += 1
+        phase = re.fullmatch(r"eq\(phase,(\w+)\)", request.filters)[1]
+        wanted = phases.WorkflowExecution.Phase.Value(phase)
+        found = [each for _, each in sorted(self.executions.items()) if each.closure.phase == wanted]
+        start = int(request.token or 0)
+        end = start + request.limit
+        return execution_pb2.ExecutionList(executions=found[start:end], token=str(end) if end < len(found) else "")
+
+    def ListSignals(self, request, context):
+        self.calls["ListSignals"] += 1
+        name = request.workflow_execution_id.name
+        return signal_pb2.SignalList(signals=[each for key, each in sorted(self.signals.items()) if key[0] == name])
+
+    def SetSignal(self, request, context):
+        self.calls["SetSignal"] += 1
+        signal = self.signals.get((request.id.execution_id.name, request.id.signal_id))
+        if signal is None:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"failed to validate that signal {request.id} exists")
+        if request.value.scalar.primitive.WhichOneof("value") != "string_value":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"value is not castable to type {signal.type}")
+        signal.value.CopyFrom(request.value)
+        return signal_pb2.SignalSetResponse()
+
+    def reach_gate(self, execution: str, gate: str) -> None:
+        """Play propeller: the execution runs, and its gate begins to wait for a string."""
+        self.run(execution)
+        identifier = identifier_pb2.SignalIdentifier(execution_id=self.executions[execution].id, signal_id=gate)
+        kind = types_pb2.LiteralType(simple=types_pb2.STRING)
+        self.signals[execution, gate] = signal_pb2.Signal(id=identifier, type=kind)
+
+    def run(self, execution: str, phase: str = "RUNNING") -> None:
+        """Play propeller: an execution is in this phase."""
+        identifier = identifier_pb2.WorkflowExecutionIdentifier(project=PROJECT, domain=DOMAIN, name=execution)
+        closure = execution_pb2.ExecutionClosure(
+            workflow_id=_id(identifier_pb2.WORKFLOW, "workflow"), phase=phases.WorkflowExecution.Phase.Value(phase)
+        )
+        self.executions[execution] = execution_pb2.Execution(id=identifier, closure=closure)
 
     def _admit(self, request: execution_pb2.ExecutionCreateRequest) -> None:
         name = identifier_pb2.WorkflowExecutionIdentifier(

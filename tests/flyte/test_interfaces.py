@@ -87,6 +87,7 @@ def describe(spec: object) -> dict:
         if not spec.template.HasField("container"):  # a connector serves it, no pod
             return {**described, "type": spec.template.type}
         return {**described, "image": spec.template.container.image.rsplit("/", 1)[1].split(":")[0]}
+    described["on_failure"] = spec.template.failure_node.task_node.reference_id.name
     return {**described, "nodes": [describe_node(node) for node in spec.template.nodes]}
 
 
@@ -155,13 +156,13 @@ def test_tasks_are_bounded_and_uncached() -> None:
     """
     from flytekit.core.python_function_task import PythonFunctionTask
 
-    from tasks import aggregation, promotion, publishing, training
+    from tasks import aggregation, failures, promotion, publishing, training
     from tasks.control import decision
     from workflows import nested_round
 
-    modules = (aggregation, promotion, publishing, training, decision, nested_round)
+    modules = (aggregation, failures, promotion, publishing, training, decision, nested_round)
     found = [value for module in modules for value in vars(module).values() if isinstance(value, PythonFunctionTask)]
-    assert len(found) >= 12
+    assert len(found) >= 18
     for shell in found:
         assert shell.container_image is not None, shell.name
         assert shell.resources.requests.mem, shell.name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GATE = "secops-decision"  # Flyte's name of the signal that carries a person's decision
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingGrant:

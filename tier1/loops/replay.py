@@ -10,8 +10,9 @@ from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import ChainCorrupt, ChainError, SnapshotError
 from tier1.federation import Federation
 from tier1.loops.anchors import check_end
-from tier1.versions.audit import AuditRow, audit
-from tier1.versions.manifest import LogAccepted
+from tier1.loops.reports import find_candidate
+from tier1.versions.audit import AuditRow, audit, rows_of
+from tier1.versions.manifest import LogAccepted, Rejection, SuiteChange, Version
 from tier1.versions.new_log import lost_text
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
 
@@ -113,6 +114,31 @@ def audit_version(fed: Federation, version: int) -> Iterator[str]:
     yield f"version {version}  manifest {found.manifest}  parent {parent}  {', '.join(found.standing) or 'waiting'}"
     yield f"made by {found.trainer} at {found.created_at}; tries: {', '.join(found.tries) or 'none'}"
     yield from map(_audit_line, found.rows)
+
+
+def audit_candidate(fed: Federation, digest: str) -> Iterator[str]:
+    """Say the same of a candidate, settled or not, and how each suite changed where a gate has evaluated it.
+
+    Raises:
+        ChainError: neither disk nor chain has it.
+    """
+    candidate = find_candidate(fed, digest)
+    if candidate is None:
+        raise ChainError(
+            f"candidate {digest} is neither on disk nor in the chain: a deck names it whole, 64 hex digits, or give "
+            "--version"
+        )
+    yield f"candidate {digest}  parent version {candidate.parent_version}  made by {candidate.trainer}"
+    bodies = (sealed.entry.body for sealed in fed.chain.entries())
+    tries = (one for body in bodies if isinstance(body, Version | Rejection) for one in body.tries)
+    for gate in (one.gate for one in tries if one.candidate == digest and one.gate is not None):
+        yield from map(_suite_line, gate.rows)
+    yield from map(_audit_line, rows_of(candidate))
+
+
+def _suite_line(row: SuiteChange) -> str:
+    verdict = "ok" if row.passed else "failed"
+    return f"  suite     {row.suite}  before {row.before}  after {row.after}  bound {row.bound:g}  {verdict}"
 
 
 def _audit_line(row: AuditRow) -> str:

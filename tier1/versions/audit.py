@@ -69,7 +69,7 @@ def audit(chain: Chain, version: int) -> Audit:
         trainer=body.trainer if candidate is None else candidate.trainer,
         created_at=body.created_at,
         tries=() if candidate is None else tuple(one.outcome for one in body.tries),
-        rows=() if candidate is None else _rows(candidate),
+        rows=() if candidate is None else rows_of(candidate),
     )
 
 
@@ -84,7 +84,8 @@ def _standing(state: ChainState, version: int) -> tuple[str, ...]:
     return tuple(name for name, holds in marks.items() if holds)
 
 
-def _rows(candidate: Candidate) -> tuple[AuditRow, ...]:
+def rows_of(candidate: Candidate) -> tuple[AuditRow, ...]:
+    """Return the inputs of a candidate, accepted before refused."""
     if candidate.inputs.dense is not None:
         return (_dense(candidate.inputs.dense),)
     cut = candidate.inputs.cut
