@@ -152,6 +152,8 @@ def test_one_update_end_to_end(world):
     (telemetry,) = world.records(TELEMETRY)
     event = parse_event(telemetry.value)
     assert event.loss_last < event.loss_first
+    told = {layer: ([int(each) for each in by], list(by.values())) for layer, by in event.expert_tokens.items()}
+    assert told == {layer: (ids, envelope.tokens[layer]) for layer, ids in envelope.expert_ids.items()}
     assert b"cat" not in telemetry.value
     local = json.loads((world.directory / "home/training/000000000000.json").read_bytes())
     assert local["heldout_after"] < local["heldout_before"]
