@@ -7,9 +7,9 @@
     starving    expert        1 − median_d load,   load_d = tokens_d · experts_d / Σ tokens_d   (1 is an even share)
     saturated   expert        median_d load
 
-Every device has one voice, whatever and however often it speaks: a median or a share over d. With n devices fewer than
-n/2 that say anything at all move a median no further than the others' own values (Huber, *Robust Statistics*, 1981:
-breakdown point 1/2). In every kind larger is worse.
+Every device has one voice, whatever and however often it speaks: a median or a share over d. Fewer than half of the
+devices, saying anything at all, move a median no further than to a value of the others (Huber, *Robust Statistics*,
+1981: breakdown point 1/2). In every kind larger is worse.
 """
 
 from __future__ import annotations
