@@ -67,7 +67,6 @@ class EngineState(_State):
 
     log_id: str = ""
     offsets: dict[str, int] = Field(default_factory=dict)
-    turned_at: float = 0.0
     devices: dict[ClientId, Remembered] = Field(default_factory=dict)
     opened: dict[str, Open] = Field(default_factory=dict)
     asked: list[Asked] = Field(default_factory=list)
@@ -108,7 +107,6 @@ def turn_engine(fed: Federation, *, now: float) -> EngineReport:
         path = fed.home / "data-engine" / "state.json"
         left = load_state(path)
         state = _send_pending(fed, path, left)
-        now = max(now, state.turned_at)  # a clock that was set back must not make the past the future
         read = read_telemetry(fed.log, state, fed.config.devices, federation=fed.config.federation)
         new, findings = next_state(state, read, fed, now=now)
         _save(path, new)
@@ -220,7 +218,6 @@ def next_state(state: EngineState, read: Read, fed: Federation, *, now: float) -
     new = EngineState(
         log_id=read.log_id,
         offsets=read.offsets,
-        turned_at=now,
         devices=memory,
         opened=decision.opened,
         asked=decision.asked,
@@ -232,8 +229,8 @@ def next_state(state: EngineState, read: Read, fed: Federation, *, now: float) -
 def _remember(
     old: Remembered | None, device: DeviceRecord, told: list[TrainingTelemetry], now: float, reference_s: float
 ) -> Remembered:
-    """Add one row for what a device told in this turn and drop rows that are too old."""
-    rows = [row for row in old.rows if now - row.at < reference_s] if old else []
+    """Add one row for what a device told in this turn; drop rows that are too old, and those of a clock set back."""
+    rows = [row for row in old.rows if 0 <= now - row.at < reference_s] if old else []
     if not told:
         last = {"key_epoch": device.key_epoch, "sequence": _last_sequence(old, device)}
         return old.model_copy(update={"rows": rows, **last})
@@ -285,11 +282,19 @@ def _alone(directory: Path) -> Iterator[None]:
     """Hold the engine's lock; two turns at once would each decide without the other's budget."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / "lock", "wb") as lock:
+        lock = open(directory / "lock", "wb")  # noqa: SIM115 (held until the turn is over)
+    except OSError as error:
+        raise StorageError(
+            f"{directory} cannot be opened ({error.strerror}): fix the path or its permissions"
+        ) from error
+    with lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError:
-        raise StorageError(f"another turn of the data engine runs on {directory}: wait for it or stop it") from None
+        except OSError as error:
+            raise StorageError(
+                f"another turn of the data engine runs on {directory}: wait for it or stop it"
+            ) from error
+        yield
 
 
 def findings_html(report: EngineReport) -> str:

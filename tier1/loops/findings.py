@@ -114,6 +114,8 @@ def decide(
         settings: bounds, cooldown, budget.
         federation: whose tasks these are.
     """
+    # What lies in the future is of a clock that was set back: it would hold the budget until then.
+    asked = [each for each in asked if 0 <= now - each.at < max(DAY_S, settings.cooldown_s)]
     status = {each.key: _status(each, opened, settings) for each in measured}
     noted = [each for each in measured if status[each.key]]
     still = _still_open(noted, status, opened, now, settings.reference_s)
@@ -138,9 +140,8 @@ def decide(
         )
         for each in noted
     ]
-    kept = [each for each in asked if now - each.at < max(DAY_S, settings.cooldown_s)]
     new = [Asked(at=now, task_id=task.task_id, findings=keys) for task, keys in tasks]
-    return Decision(findings=findings, tasks=[task for task, _ in tasks], opened=still, asked=kept + new)
+    return Decision(findings=findings, tasks=[task for task, _ in tasks], opened=still, asked=asked + new)
 
 
 def _status(each: Measurement, opened: Mapping[str, Open], settings: DataEngineConfig) -> str:
@@ -154,7 +155,9 @@ def _still_open(
     noted: list[Measurement], status: Mapping[str, str], opened: Mapping[str, Open], now: float, reference_s: float
 ) -> dict[str, Open]:
     """Return what is open after this turn; what nobody could measure for as long as rows are kept is forgotten."""
-    still = {key: each for key, each in opened.items() if key not in status and now - each.measured_at < reference_s}
+    still = {
+        key: each for key, each in opened.items() if key not in status and 0 <= now - each.measured_at < reference_s
+    }
     for each in noted:
         if status[each.key] != "cleared":
             since = opened[each.key].opened_at if each.key in opened else now
