@@ -28,8 +28,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.config import Tier2Config
+from fednested_lib.envelope import Envelope
 from fednested_lib.errors import ContractError, LogError, SnapshotError, StorageError, TransportError
 from fednested_lib.events import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
     FederationEnd,
     ModelAvailable,
     ResendUnsettled,
@@ -338,6 +341,7 @@ class Client:
                     tokens=report.tokens,
                     seconds=report.seconds,
                     payload_bytes=envelope.payload_bytes,
+                    expert_tokens=_expert_tokens(envelope),
                 )
             )
 
@@ -411,6 +415,17 @@ class Client:
         state = self.state.model_copy(update=changes)
         write_durable(self.config.home / "state.json", canonical_json(state.model_dump(mode="json")))
         self.state = state
+
+
+def _expert_tokens(envelope: Envelope) -> dict[str, dict[str, int]] | None:
+    """Return layer → expert → tokens as the envelope declares them, None for a model that telemetry has no room for."""
+    experts = {
+        layer: dict(zip(map(str, ids), envelope.tokens[layer], strict=True))
+        for layer, ids in envelope.expert_ids.items()
+        if ids
+    }
+    fits = len(experts) <= MAX_LAYERS and sum(map(len, experts.values())) <= MAX_EXPERTS
+    return experts if fits else None
 
 
 @contextmanager

@@ -11,14 +11,20 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fednested_lib import errors
-from fednested_lib.envelope import ClientId, Digest, FederationName
+from fednested_lib.envelope import ClientId, Count, Digest, FederationName, Layer
 from fednested_lib.errors import EnvelopeError, FednestedError
 from fednested_lib.signing import Signer, canonical_json, verify
 
+ExpertId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,4})$")]
+
 SIGNATURE_HEADER = "fednested-signature"
 MAX_SETTLED = 512  # update ids in one event
+MAX_LAYERS, MAX_EXPERTS = 1024, 16_384  # of one telemetry event; the experts of all layers together
 TASK_KINDS = ("aggregate", "core_update")  # that a trigger routes unless it is told otherwise
-LOOPS = ("core_update", "aggregate_experts", "evaluate_and_promote", "broadcast", "nested_round", "sensed_round")
+LOOPS = (
+    *("core_update", "aggregate_experts", "evaluate_and_promote", "broadcast", "nested_round", "sensed_round"),
+    "data_engine",
+)
 OURS = tuple(k for k, v in vars(errors).items() if isinstance(v, type) and issubclass(v, FednestedError))
 ERRORS = (*OURS, "Timeout", "Other")  # classes of our tree; nobody answered a gate in time; anything else
 
@@ -29,8 +35,8 @@ class _Event(BaseModel):
     federation: FederationName
 
     def to_bytes(self) -> bytes:
-        """Return canonical bytes."""
-        return canonical_json(self.model_dump(mode="json"))
+        """Return canonical bytes; an optional field that is absent is not written, as by releases without it."""
+        return canonical_json(self.model_dump(mode="json", exclude_none=True))
 
 
 class ModelAvailable(_Event):
@@ -68,28 +74,58 @@ class ResendUnsettled(_Event):
 
 
 class TrainingTelemetry(_Event):
-    """What a device tells about one local training: numbers only."""
+    """What a device tells about one local training: numbers only.
+
+    `expert_tokens` is layer → expert id → tokens, the bucketed counts that the update's envelope declares anyway.
+    """
 
     event: Literal["training"] = "training"
     client_id: ClientId
     sequence: int = Field(ge=0)
     base_version: int = Field(ge=0)
-    loss_first: float
-    loss_last: float
+    loss_first: Annotated[float, Field(allow_inf_nan=False)]
+    loss_last: Annotated[float, Field(allow_inf_nan=False)]
     tokens: int = Field(ge=0)
     seconds: float = Field(ge=0)
     payload_bytes: int = Field(ge=0)
+    expert_tokens: (
+        Annotated[
+            dict[Layer, Annotated[dict[ExpertId, Count], Field(min_length=1, max_length=MAX_EXPERTS)]],
+            Field(max_length=MAX_LAYERS),
+        ]
+        | None
+    ) = None
+
+
+class TaskReason(BaseModel):
+    """Why the data engine asks: the worst finding that the task answers, with its numbers, and how many more there are.
+
+    `value` and `bound` are in the finding's own unit (`docs/data-engine.md`); the window ends when the task is made.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    finding: Literal["drift", "failing", "drop_out", "starving", "saturated"]
+    subject: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    value: Annotated[float, Field(allow_inf_nan=False)]
+    bound: Annotated[float, Field(allow_inf_nan=False)]
+    window_s: float = Field(gt=0, allow_inf_nan=False)
+    devices: int = Field(ge=1)
+    records: int = Field(ge=1)
+    others: int = Field(default=0, ge=0)
 
 
 class TrainingTask(_Event):
     """Somebody of tier 1 wants a loop to turn: the trigger launches one execution per `task_id`, sent often or once.
 
     `kind` is a word of the trigger's routes; what the loop trains on is the launch plan's business, never a message's.
+    `reason` is for people and records: the trigger launches the same with any.
     """
 
     event: Literal["training_task"] = "training_task"
     task_id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")
     kind: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
+    reason: TaskReason | None = None
 
 
 class WorkflowFailed(_Event):

@@ -3,9 +3,11 @@
     fast      every ten minutes    devices' updates
     sensed    one always waiting   devices' updates, as soon as the window over them closes: in place of fast
     nightly   02:00 UTC            with a core update before them
+    engine    every hour           telemetry: asks the trigger for rounds, is none itself
 
-All run a whole round, because a candidate that nobody settles advances no head. A turn is skipped while the previous
-one still runs, waiting for devices or for SecOps included; so `sensed`, scheduled every minute, is always running once.
+All others run a whole round, because a candidate that nobody settles advances no head. A turn is skipped while the
+previous one still runs, waiting for devices or for SecOps included; so `sensed`, scheduled every minute, is always
+running once.
 The trigger launches `fast` and `nightly` for tasks (`services/trigger`): one policy bounds both kinds of launch.
 
 Nothing is active after registration: switch a plan on with `pyflyte launchplan nested_round_fast VERSION --activate`.
@@ -18,6 +20,7 @@ from flytekit import ConcurrencyPolicy, CronSchedule, FixedRate, Labels, LaunchP
 from flytekit.models.concurrency import ConcurrencyLimitBehavior
 from flytekit.types.file import FlyteFile
 
+from workflows.data_engine import data_engine
 from workflows.nested_round import nested_round
 from workflows.sensed_round import sensed_round
 
@@ -51,5 +54,14 @@ nightly = LaunchPlan.get_or_create(
     fixed_inputs={"config": FlyteFile(CONFIG), "core": True, "channel": "console"},
     concurrency=ONE_AT_A_TIME,
     labels=Labels({"fednested-loop": "nightly"}),
+    max_parallelism=MAX_PARALLELISM,
+)
+engine = LaunchPlan.get_or_create(
+    data_engine,
+    name="data_engine_hourly",
+    schedule=FixedRate(duration=timedelta(hours=1)),
+    fixed_inputs={"config": FlyteFile(CONFIG)},
+    concurrency=ONE_AT_A_TIME,
+    labels=Labels({"fednested-loop": "data-engine"}),
     max_parallelism=MAX_PARALLELISM,
 )

@@ -87,8 +87,15 @@ def sensed_round_failed(config: ConfigFile, channel: str, err: FlyteError | None
     _record("sensed_round", config, err)
 
 
+@handler
+def data_engine_failed(config: ConfigFile, err: FlyteError | None = None) -> None:
+    """Record that a turn of the data engine failed."""
+    _record("data_engine", config, err)
+
+
 def _record(workflow: str, config: ConfigFile, err: FlyteError | None) -> None:
     raised = sys.exc_info()[1]  # a local run calls the handler while the error is in flight; in a pod there is none
+    node = err.failed_node_id if err and raised is None else ""  # in a local run it is the handler's own
     try:
         from tier1.loops.failures import error_class, record_failure
 
@@ -96,9 +103,7 @@ def _record(workflow: str, config: ConfigFile, err: FlyteError | None) -> None:
             record_failure(
                 fed,
                 workflow=workflow,
-                node=err.failed_node_id
-                if err and raised is None
-                else "",  # flytekit's local value is the handler's own
+                node=node,
                 execution=_execution(raised),
                 error=error_class(err.message if err else "", raised),
             )

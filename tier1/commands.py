@@ -197,6 +197,21 @@ def request(
     typer.echo(f"requested {kind} as task {task_id}")
 
 
+@app.command("data-engine")
+def data_engine(config: Path = CONFIG) -> None:
+    """Look once at the devices' telemetry: one line per finding; those with a task are asked of the trigger."""
+    from tier1.federation import open_federation
+    from tier1.loops.data_engine import turn_engine
+
+    report = turn_engine(open_federation(config), now=time.time())
+    for finding in report.findings:
+        typer.echo(finding)
+    ignored = ", ".join(f"{count} {reason}" for reason, count in report.ignored.items()) or "none"
+    typer.echo(
+        f"{len(report.findings)} findings from {report.counted} of {report.read} new records; ignored: {ignored}"
+    )
+
+
 @app.command("replay")
 def replay(
     config: Path = CONFIG,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fednested_lib.config import MAX_SEED, LogConfig, PublicKey, Section, load_yaml, resolve_uri
 from fednested_lib.envelope import ClientId, FederationName
@@ -24,11 +24,16 @@ class IdentityConfig(Section):
     trusted: dict[PublicKey, str]
 
 
+Place = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+
+
 class DeviceRecord(Section):
-    """A registered device: its public key and key epoch."""
+    """A registered device: its public key and key epoch, and where the data engine counts it."""
 
     public_key: PublicKey
     key_epoch: int = Field(default=0, ge=0)
+    region: Place = "default"
+    device_class: Place = "default"
 
 
 class ModelConfig(Section):
@@ -59,6 +64,75 @@ class WindowConfig(Section):
     max_updates: int = Field(default=64, ge=1, le=1_000_000)
     max_wait_s: float = Field(default=120.0, ge=0, le=604_800)
     max_bytes: int | None = Field(default=None, ge=1, le=2**40)
+
+
+class FindingBounds(Section):
+    """A finding is raised at `raise_at`, stays open until its value is below `clear_at`, and asks for `task` (or none).
+
+    Subclasses give the bounds of one kind, in its unit.
+    """
+
+    raise_at: float
+    clear_at: float
+    task: Literal["aggregate", "core_update"] | None = None
+
+    @model_validator(mode="after")
+    def _hysteresis(self) -> FindingBounds:
+        if self.clear_at >= self.raise_at:
+            raise ValueError(f"clear_at must be below raise_at, got {self.clear_at:g} and {self.raise_at:g}")
+        return self
+
+
+class DriftBounds(FindingBounds):
+    """Rise of a region's loss, nats per token."""
+
+    raise_at: float = Field(default=0.2, gt=0, le=100)
+    clear_at: float = Field(default=0.1, ge=0, le=100)
+    task: Literal["aggregate", "core_update"] | None = "core_update"
+
+
+class ShareBounds(FindingBounds):
+    """Share of devices; one device of the least that are looked at, three, must not reach it."""
+
+    raise_at: float = Field(default=0.5, ge=0.34, le=1)
+    clear_at: float = Field(default=0.25, ge=0, le=1)
+
+
+class StarvingBounds(FindingBounds):
+    """1 − an expert's tokens over the even share: 1 is an expert without a token."""
+
+    raise_at: float = Field(default=0.95, gt=0, le=1)
+    clear_at: float = Field(default=0.8, ge=0, le=1)
+    task: Literal["aggregate", "core_update"] | None = "core_update"
+
+
+class SaturatedBounds(FindingBounds):
+    """An expert's tokens over the even share."""
+
+    raise_at: float = Field(default=4.0, gt=1, le=1e6)
+    clear_at: float = Field(default=2.0, ge=0, le=1e6)
+    task: Literal["aggregate", "core_update"] | None = "core_update"
+
+
+class DataEngineConfig(Section):
+    """What the data engine makes of telemetry: windows, least evidence, budget of tasks, bounds of each finding."""
+
+    window_s: float = Field(default=21_600.0, ge=1, le=2_592_000)
+    reference_s: float = Field(default=604_800.0, ge=2, le=31_536_000)
+    min_devices: int = Field(default=5, ge=3, le=1_000_000)
+    cooldown_s: float = Field(default=86_400.0, ge=0, le=31_536_000)
+    tasks_per_day: int = Field(default=2, ge=0, le=1000)
+    drift: DriftBounds = DriftBounds()
+    failing: ShareBounds = ShareBounds()
+    drop_out: ShareBounds = ShareBounds()
+    starving: StarvingBounds = StarvingBounds()
+    saturated: SaturatedBounds = SaturatedBounds()
+
+    @model_validator(mode="after")
+    def _windows(self) -> DataEngineConfig:
+        if self.reference_s <= self.window_s:
+            raise ValueError(f"reference_s must be above window_s, got {self.reference_s:g} and {self.window_s:g}")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -100,6 +174,7 @@ class Tier1Config(Section):
     rates: Rates = Rates()
     aggregation: AggregationSettings = AggregationSettings()
     window: WindowConfig = WindowConfig()
+    data_engine: DataEngineConfig = DataEngineConfig()
     evaluation: EvaluationConfig
     registry: RegistryConfig = RegistryConfig()
     governance: GovernanceConfig

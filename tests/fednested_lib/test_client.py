@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.client import Client, run
+from fednested_lib.client import Client, _expert_tokens, run
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import decode
-from fednested_lib.envelope import HEADER, parse_envelope, verify_envelope
+from fednested_lib.envelope import HEADER, Envelope, parse_envelope, verify_envelope
 from fednested_lib.errors import DataError, SnapshotError, StorageError, TrainingError, TransportError
 from fednested_lib.events import (
     FederationEnd,
@@ -152,9 +152,20 @@ def test_one_update_end_to_end(world):
     (telemetry,) = world.records(TELEMETRY)
     event = parse_event(telemetry.value)
     assert event.loss_last < event.loss_first
+    told = {layer: ([int(each) for each in by], list(by.values())) for layer, by in event.expert_tokens.items()}
+    assert told == {layer: (ids, envelope.tokens[layer]) for layer, ids in envelope.expert_ids.items()}
     assert b"cat" not in telemetry.value
     local = json.loads((world.directory / "home/training/000000000000.json").read_bytes())
     assert local["heldout_after"] < local["heldout_before"]
+
+
+def test_telemetry_leaves_out_what_it_has_no_room_for():
+    """A record must not grow with the model: above 16,384 experts the counts stay in the envelope."""
+    most = {"0": [0] * 10_000, "1": [0] * 6_384}
+    ids = {layer: list(range(len(tokens))) for layer, tokens in most.items()}
+    assert _expert_tokens(Envelope.model_construct(expert_ids=ids, tokens=most)).keys() == {"0", "1"}
+    more = {"0": [*ids["0"], 10_000], "1": ids["1"]}
+    assert _expert_tokens(Envelope.model_construct(expert_ids=more, tokens=more)) is None
 
 
 def test_one_update_per_base_and_fresh_adapters(world):

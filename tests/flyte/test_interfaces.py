@@ -21,7 +21,15 @@ from google.protobuf.json_format import MessageToDict
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("interfaces.json")
 SPECS = {1: task_pb2.TaskSpec, 2: workflow_pb2.WorkflowSpec, 3: launch_plan_pb2.LaunchPlan}
-LOOPS = ("core_update", "aggregate_experts", "evaluate_and_promote", "broadcast", "nested_round", "sensed_round")
+LOOPS = (
+    "core_update",
+    "aggregate_experts",
+    "evaluate_and_promote",
+    "broadcast",
+    "nested_round",
+    "sensed_round",
+    "data_engine",
+)
 SENSORS = {"tasks.sensors.kafka_window.kafka_window": "fednested_kafka_window"}
 
 
@@ -123,7 +131,7 @@ def test_every_loop_states_its_update_rule(entities: dict[str, object]) -> None:
 def test_a_schedule_leaves_no_input_open(entities: dict[str, object]) -> None:
     """A scheduled plan with an open input fails at its first turn; one without SKIP piles up behind a waiting gate."""
     plans = {name: spec.spec for name, spec in entities.items() if isinstance(spec, launch_plan_pb2.LaunchPlan)}
-    assert set(plans) == {"nested_round_fast", "nested_round_nightly", "sensed_round"}
+    assert set(plans) == {"nested_round_fast", "nested_round_nightly", "sensed_round", "data_engine_hourly"}
     for plan in plans.values():
         inputs = entities[plan.workflow_id.name].template.interface.inputs.variables
         assert set(inputs) == set(plan.fixed_inputs.literals)
@@ -145,7 +153,7 @@ def test_no_plan_activates_itself() -> None:
     """Registering from a laptop must not start a production schedule."""
     from launchplans import schedules
 
-    for plan in (schedules.fast, schedules.sensed, schedules.nightly):
+    for plan in (schedules.fast, schedules.sensed, schedules.nightly, schedules.engine):
         assert not plan.should_auto_activate
 
 
@@ -156,13 +164,13 @@ def test_tasks_are_bounded_and_uncached() -> None:
     """
     from flytekit.core.python_function_task import PythonFunctionTask
 
-    from tasks import aggregation, failures, promotion, publishing, training
+    from tasks import aggregation, data_engine, failures, promotion, publishing, training
     from tasks.control import decision
     from workflows import nested_round
 
-    modules = (aggregation, failures, promotion, publishing, training, decision, nested_round)
+    modules = (aggregation, data_engine, failures, promotion, publishing, training, decision, nested_round)
     found = [value for module in modules for value in vars(module).values() if isinstance(value, PythonFunctionTask)]
-    assert len(found) >= 18
+    assert len(found) >= 20
     for shell in found:
         assert shell.container_image is not None, shell.name
         assert shell.resources.requests.mem, shell.name

@@ -147,7 +147,7 @@ def test_a_lost_settling_is_found_again(config: FlyteFile, fed: Federation) -> N
 
 
 def test_the_control_image_is_enough_for_its_tasks(config: FlyteFile) -> None:
-    """Authorise, report, router and failure handlers run where torch, transformers and pandas cannot be imported."""
+    """What has the control image runs where torch, transformers and pandas cannot be imported."""
     program = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -159,6 +159,7 @@ class Without(PathFinder):
 sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 from flytekit.types.file import FlyteFile
 from tasks.control.decision import ask_secops
+from tasks.data_engine import turn_engine
 from tasks.failures import broadcast_failed
 from tasks.promotion import report
 from tasks.training import authorise
@@ -175,6 +176,7 @@ try:
 except KeyError:
     broadcast_failed(config=FlyteFile({config.path!r}))
 (home,) = open_federation({config.path!r}).home.glob("failures/*.announced")
+turn_engine(config=FlyteFile({config.path!r}))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
