@@ -19,12 +19,12 @@ What is too much can be said in numbers, and in what is usual among the devices 
 lie:
 
     u     = med_c(‖ΔW_c‖ / √n_c)                                          n_c: experts that device c covers
-    C_c   = min(max_norm, norm_ratio · u · √n_c)                          of a device, all experts together
+    C_c   = min(max_norm, norm_ratio · min(med_c ‖ΔW_c‖, u · √n_c))       of a device, all experts together
     C_e   = min(max_expert_norm, expert_norm_ratio · u)                   of a device, one expert
     cap_e = min(token_cap, token_ratio · med_c(Σ N_{c,e}))                over the devices that cover e
 
-med is the lower median, so that of two devices the louder does not judge itself. √n_c: whoever adapts one expert alone
-has one expert's share to spend on it.
+med is the lower median, so that of two devices the louder does not judge itself. Who covers fewer experts than is usual
+has their share to spend and no more, who covers more has no more than is usual.
 
 The discount is (1 + τ)^(−exponent), a hinge 1/(1 + slope·max(0, τ − delay)) or 1 (Xie et al. 2019, arXiv 1903.03934).
 The rule normalises; the mass puts back what that erases, whatever the rule: a uniformly stale buffer takes a smaller
@@ -121,10 +121,11 @@ def device_clips(
     if settings.norm_ratio is None or not clips:
         return clips
     clipped = [k * norm for k, norm in zip(clips, norms, strict=True)]
-    spans, bound = _spans(clients, tokens), settings.norm_ratio * usual_norm(clients, clipped, tokens)
+    spans, usual = _spans(clients, tokens), usual_norm(clients, clipped, tokens)
     lengths = joint_norms(clients, clipped)
+    whole = median_low(dict(zip(clients, lengths, strict=True)).values())
     return [
-        k * clip_factor(length, bound * math.sqrt(spans[client]))
+        k * clip_factor(length, settings.norm_ratio * min(whole, usual * math.sqrt(spans[client])))
         for k, length, client in zip(clips, lengths, clients, strict=True)
     ]
 

@@ -175,6 +175,8 @@ def test_what_is_usual_bounds_a_device_and_each_of_its_experts():
     settings = AggregationSettings(norm_ratio=1.0, expert_norm_ratio=1.5)
     clips = device_clips("abcde", [2.0, 2.0, 1.0, 200.0, 40.0], [full, full, full, full, lone], settings)
     assert clips == pytest.approx([1.0, 1.0, 1.0, 0.01, 1 / 40])  # u = 2/√4 = 1; 200 → 2, a lone expert's 40 → 1
+    wide = {(0, e): 100 for e in range(16)}
+    assert device_clips("abc", [2.0, 2.0, 4.0], [full, full, wide], settings) == [1.0, 1.0, 0.5]
     norms = [2.0, 2.0, 1.0, 2.0, 1.0]
     assert expert_bound("abcde", norms, [full, full, full, full, lone], settings) == pytest.approx(1.5)
     assert expert_bound("abcde", norms, [full] * 5, AggregationSettings(max_expert_norm=3.0)) == 3.0
