@@ -106,13 +106,13 @@ def step(
         square = sum((update.matrix(k) ** 2).sum() for k in update.factors if update.tokens[place_of(k)] > 0)
         norms2[update.client] = norms2.get(update.client, 0.0) + square
     clips = [min(1.0, pipeline.max_norm / math.sqrt(max(norms2[update.client], 1e-300))) for update in updates]
-    senders = sorted({update.client for update in updates})
+    senders = sorted({update.client for update in updates if sum(update.tokens.values()) > 0})
     per_expert = []
     for sender in senders:
         mine = [update for update in updates if update.client == sender]
         covered = {place for update in mine for place, count in update.tokens.items() if count > 0}
-        per_expert.append(sum(sum(update.tokens.values()) for update in mine) / max(1, len(covered)))
-    usual = sorted(per_expert)[(len(senders) - 1) // 2]
+        per_expert.append(sum(sum(update.tokens.values()) for update in mine) / len(covered))
+    usual = sorted(per_expert)[(len(senders) - 1) // 2] if senders else 0.0
     keys_of: dict[Place, list[str]] = {}
     for key in sorted(weights):
         keys_of.setdefault(place_of(key), []).append(key)

@@ -201,20 +201,24 @@ def mass(
     return coverage * math.fsum(priors) / max(capped, settings.min_mass_tokens)
 
 
-def usual_tokens(clients: Sequence[str], tokens: Sequence[Mapping[Expert, int]]) -> float:
-    """Return v, the lower median over devices of the tokens that they declare per expert they cover."""
+def usual_tokens(clients: Sequence[str], tokens: Sequence[Mapping[Expert, int]]) -> tuple[float, int]:
+    """Return v, the lower median over devices of the tokens that they declare per expert they cover; and n.
+
+    Devices that declare none are not among the n. Without any, (0, 0).
+    """
     totals, spans = _totals(clients, [sum(counts.values()) for counts in tokens]), _spans(clients, tokens)
-    return median_low(totals[client] / spans[client] for client in totals)
+    found = [total / spans[client] for client, total in totals.items() if total > 0]
+    return (median_low(found), len(found)) if found else (0.0, 0)
 
 
 def fleet_share(clients: Sequence[str], tokens: Sequence[int], usual: float, wanted: float) -> float:
-    """Return s_e in [0, 1] of one expert.
+    """Return s_e in (0, 1] of one expert.
 
     Args:
         clients: per update that covers the expert, the device that sent it.
-        tokens: per update, declared tokens on it.
+        tokens: per update, declared tokens on it, ≥ 1.
         usual: v, more than which no device counts.
-        wanted: mass_ratio · devices of the cut, how many times v makes a full step.
+        wanted: mass_ratio · n, how many times v makes a full step.
     """
     counted = math.fsum(min(total, usual) for total in _totals(clients, tokens).values())
     return min(1.0, counted / (wanted * usual))
@@ -250,7 +254,7 @@ def weigh(
     assert norms is not None or settings.expert_norm_ratio is None, "this pipeline compares norms"
     clipped = [k * norm for k, norm in zip(clips, norms or [0.0] * len(clips), strict=True)]
     bound = expert_bound(clients, clipped, tokens, settings)
-    usual = usual_tokens(clients, tokens) if settings.mass_ratio and clients else 0.0
+    usual, n_devices = usual_tokens(clients, tokens)
     chosen, ledger = choose(settings), _Ledger(len(tokens), bound)
     for experts, covering in _units(tokens, settings.scope):
         owners = [clients[i] for i in covering]
@@ -263,8 +267,8 @@ def weigh(
                 for i, count in zip(covering, counted, strict=True)
             ]
             masses[expert] = mass(owners, counts, priors[expert], settings)
-            if usual > 0:
-                masses[expert] *= fleet_share(owners, counts, usual, settings.mass_ratio * len(set(clients)))
+            if settings.mass_ratio is not None:
+                masses[expert] *= fleet_share(owners, counts, usual, settings.mass_ratio * n_devices)
         gram = None
         if needs_gram(settings, chosen):
             assert grams is not None, "this pipeline compares updates"
