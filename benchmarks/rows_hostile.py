@@ -1,4 +1,7 @@
-"""Hostile devices: item 7 of issue 3, three of ten on three seeds; `python -m benchmarks.hostile` prints every run."""
+"""Hostile devices: item 7 of issue 3, three of ten on five seeds; `python -m benchmarks.hostile` prints every run.
+
+The default pipeline was chosen on seeds 0 to 4, so it is judged on others.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import structlog
 from benchmarks.hostile import Results, measure
 from benchmarks.registry import figure
 
-SEEDS = (0, 1, 2)
+SEEDS = (5, 6, 7, 8, 9)
 
 
 @cache
@@ -31,13 +34,13 @@ def mean(losses: list[float]) -> float:
 
 @figure("hostile.kept", unit="%", bound=">= 90", cls="full")
 def kept() -> float:
-    """Gain over the base kept with 3 of 10 devices hostile, of the clean run's: worst of 10 attacks and 3 seeds."""
+    """Gain over the base kept with 3 of 10 devices hostile, of the clean run's: worst of 10 attacks and 5 seeds."""
     return min(each.worst for each in results())
 
 
 @figure("hostile.clean_kept", unit="%", bound=">= 98", cls="full")
 def clean_kept() -> float:
-    """Gain of the default pipeline without attackers, of the weighted mean's: worst of 3 seeds."""
+    """Gain of the default pipeline without attackers, of the weighted mean's: worst of 5 seeds."""
     return min(each.clean_kept for each in results())
 
 
@@ -49,7 +52,7 @@ def nan_versions() -> float:
 
 @figure("hostile.loss_base", unit="nats", cls="full")
 def loss_base() -> float:
-    """Held-out loss of the honest devices before the first round, mean of 3 seeds."""
+    """Held-out loss of the honest devices before the first round, mean of 5 seeds."""
     return mean([each.clean.base for each in results()])
 
 

@@ -56,6 +56,7 @@ class Pipeline:
     max_staleness: int = 16
     min_mass_tokens: int = 256
     min_coverage: int = 1
+    mass_ratio: float | None = None
     rule: str = "weighted_mean"
     options: Mapping[str, Any] = field(default_factory=dict)
     root: str | None = None
@@ -105,6 +106,13 @@ def step(
         square = sum((update.matrix(k) ** 2).sum() for k in update.factors if update.tokens[place_of(k)] > 0)
         norms2[update.client] = norms2.get(update.client, 0.0) + square
     clips = [min(1.0, pipeline.max_norm / math.sqrt(max(norms2[update.client], 1e-300))) for update in updates]
+    senders = sorted({update.client for update in updates if sum(update.tokens.values()) > 0})
+    per_expert = []
+    for sender in senders:
+        mine = [update for update in updates if update.client == sender]
+        covered = {place for update in mine for place, count in update.tokens.items() if count > 0}
+        per_expert.append(sum(sum(update.tokens.values()) for update in mine) / len(covered))
+    usual = sorted(per_expert)[(len(senders) - 1) // 2] if senders else 0.0
     keys_of: dict[Place, list[str]] = {}
     for key in sorted(weights):
         keys_of.setdefault(place_of(key), []).append(key)
@@ -121,6 +129,9 @@ def step(
             capped[owners == device] *= min(1, pipeline.token_cap / said[owners == device].sum())
         p = capped * [pipeline.discount(taus[i]) for i in members]
         mass = min(1, len(devices) / pipeline.min_coverage) * p.sum() / max(capped.sum(), pipeline.min_mass_tokens)
+        if pipeline.mass_ratio is not None:
+            seen = sum(min(usual, said[owners == device].sum()) for device in devices)
+            mass *= min(1, seen / (pipeline.mass_ratio * len(senders) * usual))
         vectors = np.stack(
             [np.concatenate([clips[i] * updates[i].matrix(key).ravel() for key in keys]) for i in members]
         )

@@ -7,7 +7,7 @@ update covers; sums over c(d) run over all updates of the same client in the cut
     t_{d,e} = N_{d,e} · min(1, cap_e / Σ_{c(d)} N_{·,e})               tokens that count
     p_{d,e} = t_{d,e} · discount(τ_d) · trust_{c(d)}                   prior
     a_{·,e} = rule(G′_e, p_{·,e}),  Σ_d a_{d,e} = 1,  G′ = k kᵀ ∘ G    rule (`rules.py`); weighted mean: a = p / Σp
-    mass_e  = min(1, n_e / k_min) · Σ_d p_{d,e} / max(Σ_d t_{d,e}, m_min)
+    mass_e  = s_e · min(1, n_e / k_min) · Σ_d p_{d,e} / max(Σ_d t_{d,e}, m_min)
     ω_{d,e} = k_d · a_{d,e} · mass_e
 
 The bounds are a device's, not an update's: C, the cap and the place in n_e (distinct clients that cover e) are shared
@@ -19,12 +19,14 @@ What is too much can be said in numbers, and in what is usual among the devices 
 lie:
 
     u     = med_c(‖ΔW_c‖ / √n_c)                                          n_c: experts that device c covers
-    C_c   = min(max_norm, norm_ratio · u · √n_c)                          of a device, all experts together
+    C_c   = min(max_norm, norm_ratio · min(med_c ‖ΔW_c‖, u · √n_c))       of a device, all experts together
     C_e   = min(max_expert_norm, expert_norm_ratio · u)                   of a device, one expert
     cap_e = min(token_cap, token_ratio · med_c(Σ N_{c,e}))                over the devices that cover e
+    s_e   = min(1, Σ_c min(Σ N_{c,e}, v) / (mass_ratio · n · v))          v = med_c(Σ_e N_{c,e} / n_c), n devices
 
-med is the lower median, so that of two devices the louder does not judge itself. √n_c: whoever adapts one expert alone
-has one expert's share to spend on it.
+med is the lower median, so that of two devices the louder does not judge itself. Who covers fewer experts than is usual
+has their share to spend and no more, who covers more has no more than is usual. s_e: what hardly anybody saw
+a token of is hardly moved, however few devices say so together.
 
 The discount is (1 + τ)^(−exponent), a hinge 1/(1 + slope·max(0, τ − delay)) or 1 (Xie et al. 2019, arXiv 1903.03934).
 The rule normalises; the mass puts back what that erases, whatever the rule: a uniformly stale buffer takes a smaller
@@ -121,10 +123,11 @@ def device_clips(
     if settings.norm_ratio is None or not clips:
         return clips
     clipped = [k * norm for k, norm in zip(clips, norms, strict=True)]
-    spans, bound = _spans(clients, tokens), settings.norm_ratio * usual_norm(clients, clipped, tokens)
+    spans, usual = _spans(clients, tokens), usual_norm(clients, clipped, tokens)
     lengths = joint_norms(clients, clipped)
+    whole = median_low(dict(zip(clients, lengths, strict=True)).values())
     return [
-        k * clip_factor(length, bound * math.sqrt(spans[client]))
+        k * clip_factor(length, settings.norm_ratio * min(whole, usual * math.sqrt(spans[client])))
         for k, length, client in zip(clips, lengths, clients, strict=True)
     ]
 
@@ -190,12 +193,35 @@ def prior(tokens: float, staleness: int, settings: AggregationSettings, trust: f
 def mass(
     clients: Sequence[str], tokens: Sequence[int], priors: Sequence[float], settings: AggregationSettings
 ) -> float:
-    """Return mass_e in [0, 1] of one expert over the updates that cover it."""
+    """Return mass_e in [0, 1] of one expert over the updates that cover it, before its share s_e of the fleet."""
     totals = _totals(clients, tokens)
     coverage = min(1.0, len(totals) / settings.min_coverage)
     cap = token_bound(clients, tokens, settings)
     capped = sum(min(total, cap) for total in totals.values())
     return coverage * math.fsum(priors) / max(capped, settings.min_mass_tokens)
+
+
+def usual_tokens(clients: Sequence[str], tokens: Sequence[Mapping[Expert, int]]) -> tuple[float, int]:
+    """Return v, the lower median over devices of the tokens that they declare per expert they cover; and n.
+
+    Devices that declare none are not among the n. Without any, (0, 0).
+    """
+    totals, spans = _totals(clients, [sum(counts.values()) for counts in tokens]), _spans(clients, tokens)
+    found = [total / spans[client] for client, total in totals.items() if total > 0]
+    return (median_low(found), len(found)) if found else (0.0, 0)
+
+
+def fleet_share(clients: Sequence[str], tokens: Sequence[int], usual: float, wanted: float) -> float:
+    """Return s_e in (0, 1] of one expert.
+
+    Args:
+        clients: per update that covers the expert, the device that sent it.
+        tokens: per update, declared tokens on it, ≥ 1.
+        usual: v, more than which no device counts.
+        wanted: mass_ratio · n, how many times v makes a full step.
+    """
+    counted = math.fsum(min(total, usual) for total in _totals(clients, tokens).values())
+    return min(1.0, counted / (wanted * usual))
 
 
 def weigh(
@@ -228,6 +254,7 @@ def weigh(
     assert norms is not None or settings.expert_norm_ratio is None, "this pipeline compares norms"
     clipped = [k * norm for k, norm in zip(clips, norms or [0.0] * len(clips), strict=True)]
     bound = expert_bound(clients, clipped, tokens, settings)
+    usual, n_devices = usual_tokens(clients, tokens)
     chosen, ledger = choose(settings), _Ledger(len(tokens), bound)
     for experts, covering in _units(tokens, settings.scope):
         owners = [clients[i] for i in covering]
@@ -240,6 +267,8 @@ def weigh(
                 for i, count in zip(covering, counted, strict=True)
             ]
             masses[expert] = mass(owners, counts, priors[expert], settings)
+            if settings.mass_ratio is not None:
+                masses[expert] *= fleet_share(owners, counts, usual, settings.mass_ratio * n_devices)
         gram = None
         if needs_gram(settings, chosen):
             assert grams is not None, "this pipeline compares updates"

@@ -1,13 +1,12 @@
 """The probe: refuse updates that raise the loss of tier 1's own suites.
 
     v     = Σ_d k_d·ΔW_d / n_e          the step that all admitted updates would make together, clipped, evenly weighed
-    cos_d = −⟨∇L(W + v/2), ΔW_d⟩ / (‖∇L(W + v/2)‖ · ‖ΔW_d‖),          refused if cos_d < −margin
+    cos_d = −⟨∇L(W + v), ΔW_d⟩ / (‖∇L(W + v)‖ · ‖ΔW_d‖),                refused if cos_d < −margin
 
-L is the mean loss of the evaluation suites, W the head, ∇ over the expert weights. Half way along v the gradient shares
-the whole step's change of loss out among the updates (Aumann and Shapley's prices, exact where L is quadratic), so that
-colluders answer for the curvature of what they do together; at W itself a common shift costs nothing. One backward pass
-per cut, whatever the number of updates. The idea of judging by a server's loss is Zeno++'s (Xie et al. 2019, arXiv
-1903.07020).
+L is the mean loss of the evaluation suites, W the head, ∇ over the expert weights. At the end of the step an update is
+harmful if a little less of it were better, so that colluders answer for the curvature of what they do together; at W
+itself a shift that all of them share costs nothing to first order. One backward pass per cut, whatever the number of
+updates. The idea of judging by a server's loss is Zeno++'s (Xie et al. 2019, arXiv 1903.07020).
 
 Why not from the updates alone: LoRA updates that start from random A are nearly orthogonal, honest ones too (cosine
 0.01 between devices, 0.05 to the gradient, in a model of 260 k parameters), so that no distance or cosine among ten of
@@ -79,7 +78,7 @@ def probed(
 
     model = build_model(head, blobs)
     for update, shares in zip(admission.updates, step_shares(admission.updates, read, settings), strict=True):
-        merge(model, weighted(read(update), {place: share / 2 for place, share in shares.items()}))
+        merge(model, weighted(read(update), shares))
     rows = [
         pack_suite(path, blobs.get(head.tokenizer), seq_len=seq_len, max_tokens=max_tokens).tokens
         for path in suites.values()

@@ -52,7 +52,7 @@ class AggregationSettings(GrownDocument):
     later: ClassVar[frozenset[str]] = frozenset(
         {"max_expert_norm", "max_step_norm", "staleness", "hinge_delay", "hinge_slope", "reputation"}
         | {"rule_options", "root", "scope", "measure", "outer", "norm_ratio", "expert_norm_ratio", "token_ratio"}
-        | {"probe"}
+        | {"probe", "mass_ratio"}
     )
 
     # admission
@@ -82,5 +82,6 @@ class AggregationSettings(GrownDocument):
     # mass
     min_mass_tokens: int = Field(default=256, ge=1, le=1 << 53)  # m_min
     min_coverage: int = Field(default=1, ge=1, le=1_000_000)  # k_min
+    mass_ratio: float | None = Field(default=None, gt=0, le=1)  # share of the cut's devices for a full step
     # fold
     outer: OuterSettings | None = None

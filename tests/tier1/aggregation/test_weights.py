@@ -175,6 +175,8 @@ def test_what_is_usual_bounds_a_device_and_each_of_its_experts():
     settings = AggregationSettings(norm_ratio=1.0, expert_norm_ratio=1.5)
     clips = device_clips("abcde", [2.0, 2.0, 1.0, 200.0, 40.0], [full, full, full, full, lone], settings)
     assert clips == pytest.approx([1.0, 1.0, 1.0, 0.01, 1 / 40])  # u = 2/√4 = 1; 200 → 2, a lone expert's 40 → 1
+    wide = {(0, e): 100 for e in range(16)}
+    assert device_clips("abc", [2.0, 2.0, 4.0], [full, full, wide], settings) == [1.0, 1.0, 0.5]
     norms = [2.0, 2.0, 1.0, 2.0, 1.0]
     assert expert_bound("abcde", norms, [full, full, full, full, lone], settings) == pytest.approx(1.5)
     assert expert_bound("abcde", norms, [full] * 5, AggregationSettings(max_expert_norm=3.0)) == 3.0
@@ -188,8 +190,24 @@ def test_tokens_beyond_the_usual_do_not_count():
     assert [row[E] for row in rows] == pytest.approx([1 / 3] * 3)
 
 
+def test_an_expert_that_hardly_anybody_saw_is_hardly_moved():
+    """Three of ten devices write into an expert that the others never routed to: 3 of 0.5·10 shares, or less."""
+    settings = AggregationSettings(mass_ratio=0.5, min_mass_tokens=1)
+    usual = {(1, e): 100 for e in range(4)}
+
+    def step(tokens: int) -> float:
+        rows = [usual] * 7 + [{**usual, E: tokens}] * 3
+        weights = weigh("abcdefghij", rows, [0] * 10, [1.0] * 10, settings).weights
+        assert sum(row[1, 0] for row in weights) == pytest.approx(1.0)
+        return sum(row.get(E, 0.0) for row in weights)
+
+    assert step(10**12) == pytest.approx(0.6)  # v = 100, whatever three of ten claim
+    assert step(100) == pytest.approx(0.6)
+    assert step(10) == pytest.approx(0.06)
+
+
 def test_settings_that_came_later_leave_no_trace_at_their_defaults():
     """Manifests of older releases keep their bytes: what was added is written only where it is set."""
-    for name in ("probe", "norm_ratio", "expert_norm_ratio", "token_ratio"):
+    for name in ("probe", "norm_ratio", "expert_norm_ratio", "token_ratio", "mass_ratio"):
         assert name.encode() not in AggregationSettings().to_bytes()
         assert f'"{name}":1.0'.encode() in AggregationSettings(**{name: 1.0}).to_bytes()

@@ -96,7 +96,7 @@ def save(fed, candidate):
 
 
 def test_the_probe_looks_ahead_along_the_step_of_all(fed):
-    """Guards the half step: what an update adds to it is clipped, and divided by the devices on the expert."""
+    """Guards the tentative step: what an update adds to it is clipped, and divided by the devices on the expert."""
     snapshot = fed.chain.state().head.snapshot
     for client, factor in (("ann", 1.0), ("bob", 100.0)):
         Device(fed, client).send(delta=signed(random_delta(snapshot, seed=7, size=0.1, rank=2), factor))
