@@ -128,7 +128,7 @@ class Federation:
 
     def close(self) -> None:
         """Let go of the log connection, if one was opened."""
-        if "log" in self.__dict__ and not isinstance(self.log, InMemoryLog):
+        if "log" in self.__dict__:
             self.log.close()
 
 
@@ -150,7 +150,7 @@ def open_federation(path: str | os.PathLike) -> Federation:
 
 
 def open_log(settings: LogConfig) -> UpdateLog:
-    """Open the update log, its topics as they are; `close` it afterwards unless it is in memory, where it is shared."""
+    """Open the update log, its topics as they are; `close` it afterwards."""
     servers = settings.servers()
     if servers.startswith(MEMORY):  # public twin for tests: one log per name and process
         return _memory_logs.setdefault(servers, InMemoryLog(name=servers.removeprefix(MEMORY)))

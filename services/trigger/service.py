@@ -22,7 +22,7 @@ from fednested_lib.events import SIGNATURE_HEADER, TrainingTask, parse_event
 from fednested_lib.failpoints import failpoint
 from fednested_lib.log import TASKS, Record, UpdateLog
 from fednested_lib.signing import verify
-from services.trigger.inbox import Position, Positions, bury, place_of
+from services.trigger.inbox import MAX_DETAIL_BYTES, Position, Positions, bury, place_of
 from services.trigger.launch import Launcher, order_of
 
 MAX_WAITING = 256  # read ahead of the committed offset; beyond it reading waits too
@@ -127,7 +127,7 @@ class Trigger:
         except ContractError as error:
             bury(self._log, record, error)
             failpoint("trigger.after_burial")
-            log.warning("trigger.buried", place=place_of(record), reason=error.reason, detail=str(error))
+            log.warning("trigger.buried", place=place_of(record), reason=error.reason, detail=str(error)[:MAX_DETAIL_BYTES])
             return True
         failpoint("trigger.after_launch")
         log.info("trigger.launched", place=place_of(record), task=task.task_id, execution=order.name, plan=order.plan)

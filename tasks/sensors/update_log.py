@@ -16,12 +16,10 @@ TIMEOUT_S = 2.0  # one look makes up to four calls, and propeller gives a connec
 def connected(window: Window) -> Iterator["UpdateLog"]:
     """Open the window's log, and let go of its connections afterwards."""
     from fednested_lib.config import LogConfig
-    from fednested_lib.log import InMemoryLog
     from tier1.federation import open_log
 
     log = open_log(LogConfig(bootstrap=window.bootstrap, timeout_s=TIMEOUT_S))
     try:
         yield log
     finally:
-        if not isinstance(log, InMemoryLog):
-            log.close()
+        log.close()

@@ -26,11 +26,12 @@ from tier1.loops.failures import error_class, record_failure
 from workflows.aggregate_experts import aggregate_experts
 from workflows.broadcast import broadcast
 from workflows.core_update import core_update
+from workflows.data_engine import data_engine
 from workflows.evaluate_and_promote import evaluate_and_promote
 from workflows.nested_round import nested_round
 from workflows.sensed_round import sensed_round
 
-ALL = (core_update, aggregate_experts, evaluate_and_promote, broadcast, nested_round, sensed_round)
+ALL = (core_update, aggregate_experts, evaluate_and_promote, broadcast, nested_round, sensed_round, data_engine)
 POD_ERROR = """Trace:
 
     Traceback (most recent call last):
