@@ -43,9 +43,9 @@ HEADER = """\
 """
 
 
-# What a new federation begins with, chosen on seeds 0 to 4 of `benchmarks/hostile.py`, judged on five others by its rows:
-# three hostile devices of ten leave at least 90 % of the gain, and without any the pipeline keeps at least 98 % of what
-# the weighted mean gains.
+# What a new federation begins with, chosen on seeds 0 to 4 of `benchmarks/hostile.py` and judged on five others: three
+# hostile devices of ten leave at least 90 % of the gain, and without any the pipeline keeps at least 98 % of what the
+# weighted mean gains.
 AGGREGATION: dict[str, Any] = {
     "probe": 0.025,
     "norm_ratio": 1.1,

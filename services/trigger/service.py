@@ -127,7 +127,8 @@ class Trigger:
         except ContractError as error:
             bury(self._log, record, error)
             failpoint("trigger.after_burial")
-            log.warning("trigger.buried", place=place_of(record), reason=error.reason, detail=str(error)[:MAX_DETAIL_BYTES])
+            detail = str(error)[:MAX_DETAIL_BYTES]
+            log.warning("trigger.buried", place=place_of(record), reason=error.reason, detail=detail)
             return True
         failpoint("trigger.after_launch")
         log.info("trigger.launched", place=place_of(record), task=task.task_id, execution=order.name, plan=order.plan)
