@@ -73,7 +73,7 @@ PLANTED = {
     "the trigger's launcher without its exception": (
         "imports",
         "pyproject.toml",
-        _replace('ignore_imports = ["services.trigger.remote -> flytekit"]', "ignore_imports = []"),
+        _replace('"services.trigger.remote -> flytekit", ', ""),
         "plain Python",
     ),
     "the library importing mlflow": (
