@@ -1,6 +1,6 @@
 """What hostile devices can do: three of ten, ten attacks over the real wire, several seeds.
 
-    python -m benchmarks.hostile [--seeds 0 1 2] [--rounds 3] [--only NAME …] [--aggregation '{"rule": "multi_krum"}']
+    python -m benchmarks.hostile [--seeds 5 6 7] [--rounds 3] [--only NAME …] [--aggregation '{"rule": "multi_krum"}']
 
 A run is a real federation (`world.py`): real local training, signed envelopes, log, admission, probe, clip, rule, fold,
 gate, approval. Attackers hold registered keys, know the model and everything the honest devices send in the round, and
@@ -411,7 +411,7 @@ def table(results: Sequence[Results]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hostile", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7, 8, 9])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
     parser.add_argument("--aggregation", type=json.loads, help="settings as JSON; default: those of a new workspace")

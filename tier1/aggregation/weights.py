@@ -24,9 +24,9 @@ lie:
     cap_e = min(token_cap, token_ratio · med_c(Σ N_{c,e}))                over the devices that cover e
     s_e   = min(1, Σ_c min(Σ N_{c,e}, v) / (mass_ratio · n · v))          v = med_c(Σ_e N_{c,e} / n_c), n devices
 
-med is the lower median, so that of two devices the louder does not judge itself. Who covers fewer experts than is usual
-has their share to spend and no more, who covers more has no more than is usual. s_e: what hardly anybody saw
-a token of is hardly moved, however few devices say so together.
+med is the lower median, over devices that changed anything, so that of two the louder does not judge itself. Who covers
+fewer experts than is usual has their share to spend and no more, who covers more has no more than is usual. s_e: what
+hardly anybody saw a token of is hardly moved, however few devices say so together.
 
 The discount is (1 + τ)^(−exponent), a hinge 1/(1 + slope·max(0, τ − delay)) or 1 (Xie et al. 2019, arXiv 1903.03934).
 The rule normalises; the mass puts back what that erases, whatever the rule: a uniformly stale buffer takes a smaller
@@ -99,17 +99,21 @@ def _joint_norm(norms: Sequence[float]) -> float:
     return largest * math.sqrt(math.fsum((norm / largest) ** 2 for norm in norms)) if largest > 0 else 0.0
 
 
-def usual_norm(clients: Sequence[str], norms: Sequence[float], tokens: Sequence[Mapping[Expert, int]]) -> float:
-    """Return u, the lower median over devices of what they changed per expert they cover.
+def usual_norms(
+    clients: Sequence[str], norms: Sequence[float], tokens: Sequence[Mapping[Expert, int]]
+) -> tuple[float, float]:
+    """Return med_c ‖ΔW_c‖ and u, lower medians over the devices that changed anything; without any, infinity.
 
     Args:
         clients: per update, the device that sent it.
-        norms: per update, ‖ΔW‖.
+        norms: per update, ‖ΔW‖ over the experts it covers.
         tokens: per update, declared tokens per expert; an expert with none is not covered.
     """
-    changes = dict(zip(clients, joint_norms(clients, norms), strict=True))
-    spans = _spans(clients, tokens)
-    return median_low(changes[client] / math.sqrt(spans[client]) for client in changes)
+    joint, spans = dict(zip(clients, joint_norms(clients, norms), strict=True)), _spans(clients, tokens)
+    moved = {client: norm for client, norm in joint.items() if norm > 0}
+    if not moved:
+        return math.inf, math.inf
+    return median_low(moved.values()), median_low(norm / math.sqrt(spans[client]) for client, norm in moved.items())
 
 
 def device_clips(
@@ -118,17 +122,15 @@ def device_clips(
     tokens: Sequence[Mapping[Expert, int]],
     settings: AggregationSettings,
 ) -> list[float]:
-    """Return k_d per update: by `max_norm`, then by what is usual in the cut; arguments as of `usual_norm`."""
+    """Return k_d per update: by `max_norm`, then by what is usual in the cut; arguments as of `usual_norms`."""
     clips = clip_factors(clients, norms, settings.max_norm)
-    if settings.norm_ratio is None or not clips:
+    if settings.norm_ratio is None:
         return clips
     clipped = [k * norm for k, norm in zip(clips, norms, strict=True)]
-    spans, usual = _spans(clients, tokens), usual_norm(clients, clipped, tokens)
-    lengths = joint_norms(clients, clipped)
-    whole = median_low(dict(zip(clients, lengths, strict=True)).values())
+    spans, (whole, usual) = _spans(clients, tokens), usual_norms(clients, clipped, tokens)
     return [
         k * clip_factor(length, settings.norm_ratio * min(whole, usual * math.sqrt(spans[client])))
-        for k, length, client in zip(clips, lengths, clients, strict=True)
+        for k, length, client in zip(clips, joint_norms(clients, clipped), clients, strict=True)
     ]
 
 
@@ -138,10 +140,10 @@ def expert_bound(
     tokens: Sequence[Mapping[Expert, int]],
     settings: AggregationSettings,
 ) -> float | None:
-    """Return C_e; None: unbounded. Arguments as of `usual_norm`, norms after `device_clips`."""
-    if settings.expert_norm_ratio is None or not clients:
+    """Return C_e; None: unbounded. Arguments as of `usual_norms`, norms after `device_clips`."""
+    if settings.expert_norm_ratio is None:
         return settings.max_expert_norm
-    usual = settings.expert_norm_ratio * usual_norm(clients, norms, tokens)
+    usual = settings.expert_norm_ratio * usual_norms(clients, norms, tokens)[1]
     return min(usual, settings.max_expert_norm or math.inf)
 
 

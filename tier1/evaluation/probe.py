@@ -1,12 +1,12 @@
 """The probe: refuse updates that raise the loss of tier 1's own suites.
 
-    v     = Σ_d k_d·ΔW_d / n_e          the step that all admitted updates would make together, clipped, evenly weighed
-    cos_d = −⟨∇L(W + v), ΔW_d⟩ / (‖∇L(W + v)‖ · ‖ΔW_d‖),                refused if cos_d < −margin
+    cos_d = −⟨∇L(W′), ΔW_d⟩ / (‖∇L(W′)‖ · ‖ΔW_d‖),                      refused if cos_d < −margin
 
-L is the mean loss of the evaluation suites, W the head, ∇ over the expert weights. At the end of the step an update is
-harmful if a little less of it were better, so that colluders answer for the curvature of what they do together; at W
-itself a shift that all of them share costs nothing to first order. One backward pass per cut, whatever the number of
-updates. The idea of judging by a server's loss is Zeno++'s (Xie et al. 2019, arXiv 1903.07020).
+L is the mean loss of the evaluation suites, W′ the weights after the fold of all admitted updates, ∇ over the expert
+weights. There an update is harmful if a little less of it were better, so that colluders answer for the curvature of
+what they do together; before the fold a shift that all of them share costs nothing to first order. One backward pass
+per cut, whatever the number of updates; if nothing is refused, that fold is the candidate. The idea of judging by a
+server's loss is Zeno++'s (Xie et al. 2019, arXiv 1903.07020).
 
 Why not from the updates alone: LoRA updates that start from random A are nearly orthogonal, honest ones too (cosine
 0.01 between devices, 0.05 to the gradient, in a model of 260 k parameters), so that no distance or cosine among ten of
@@ -19,36 +19,34 @@ of F. In memory: the model and its experts' gradients.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from fednested_lib.adapters import merge
 from fednested_lib.blobs import BlobStore
-from fednested_lib.delta import Delta, ExpertFactors, squared_norm
+from fednested_lib.delta import Delta, squared_norm
 from fednested_lib.errors import EnvelopeError
 from fednested_lib.partition import expert_param
 from fednested_lib.snapshot import SnapshotManifest, build_model, expert_shapes
 from fednested_lib.training import deterministic
-from tier1.aggregation.weights import Expert, clip_factor, device_clips, expert_bound
+from tier1.aggregation.weights import Expert
 from tier1.evaluation.suites import BATCH_ROWS, pack_suite
 from tier1.versions.admission import Admission, refusal
 from tier1.versions.archive import Update, read_delta
-from tier1.versions.settings import AggregationSettings
 
 Gradient = Mapping[str, np.ndarray]  # expert parameter -> [experts, d_out, d_in]
 
 
 def probed(
     admission: Admission,
-    head: SnapshotManifest,
+    folded: SnapshotManifest,
     suites: Mapping[str, Path],
-    settings: AggregationSettings,
     *,
+    margin: float,
     blobs: BlobStore,
     archive: BlobStore,
     seq_len: int,
@@ -58,10 +56,10 @@ def probed(
 
     Args:
         admission: what was admitted of a cut.
-        head: what it is to be folded into.
+        folded: what the fold of all of it gives.
         suites: name → JSONL file; every suite counts the same.
-        settings: `probe`, the margin, and the clip.
-        blobs: holds the head's weights and tokenizer.
+        margin: how far below zero a cosine may be.
+        blobs: holds the weights and the tokenizer.
         archive: holds the payloads.
         seq_len: predicted tokens per row.
         max_tokens: most tokens per suite.
@@ -70,25 +68,17 @@ def probed(
         SnapshotError: a blob or a payload is missing or corrupt.
         DataError: a suite is unusable.
     """
-    assert settings.probe is not None, "the probe is on"
-    shapes = expert_shapes(head)
-
-    def read(update: Update) -> Delta:
-        return read_delta(update, archive, shapes)
-
-    model = build_model(head, blobs)
-    for update, shares in zip(admission.updates, step_shares(admission.updates, read, settings), strict=True):
-        merge(model, weighted(read(update), shares))
+    shapes = expert_shapes(folded)
     rows = [
-        pack_suite(path, blobs.get(head.tokenizer), seq_len=seq_len, max_tokens=max_tokens).tokens
+        pack_suite(path, blobs.get(folded.tokenizer), seq_len=seq_len, max_tokens=max_tokens).tokens
         for path in suites.values()
     ]
-    direction = descent(model, rows, shapes)
+    direction = descent(build_model(folded, blobs), rows, shapes)
     kept, refused = [], list(admission.refused)
     for update in admission.updates:
-        found = cosine(direction, read(update), covered(update))
-        if found < -settings.probe:
-            refused.append(refusal(update, update.envelope, _harmful(found, settings.probe)))
+        found = cosine(direction, read_delta(update, archive, shapes), covered(update))
+        if found < -margin:
+            refused.append(refusal(update, update.envelope, _harmful(found, margin)))
         else:
             kept.append(update)
     return Admission(updates=tuple(kept), refused=tuple(refused))
@@ -104,23 +94,6 @@ def covered(update: Update) -> set[Expert]:
     return {place for place, count in update.tokens().items() if count > 0}
 
 
-def step_shares(
-    updates: Sequence[Update], read: Callable[[Update], Delta], settings: AggregationSettings
-) -> list[dict[Expert, float]]:
-    """Return, per update and covered expert, k/n: clipped as the fold clips, weighed evenly over n updates."""
-    clients, tokens = [update.envelope.client_id for update in updates], [update.tokens() for update in updates]
-    squares = [expert_squares(read(update), covered(update)) for update in updates]
-    norms = [math.sqrt(math.fsum(each.values())) for each in squares]
-    clips = device_clips(clients, norms, tokens, settings)
-    clipped = [k * norm for k, norm in zip(clips, norms, strict=True)]
-    bound = expert_bound(clients, clipped, tokens, settings) or math.inf
-    n = Counter(place for each in squares for place in each)
-    return [
-        {place: k * clip_factor(k * math.sqrt(square), bound) / n[place] for place, square in each.items()}
-        for k, each in zip(clips, squares, strict=True)
-    ]
-
-
 def expert_squares(delta: Delta, places: Container[Expert]) -> dict[Expert, float]:
     """Return ‖ΔW_e‖² of the experts in `places`."""
     found: dict[Expert, float] = defaultdict(float)
@@ -129,20 +102,6 @@ def expert_squares(delta: Delta, places: Container[Expert]) -> dict[Expert, floa
             if (expert_param(name)[0], expert) in places:
                 found[expert_param(name)[0], expert] += max(float(square), 0.0)
     return dict(found)
-
-
-def weighted(delta: Delta, weights: Mapping[Expert, float]) -> Delta:
-    """Return the delta with every expert times its weight, 0 where there is none."""
-    factors = {}
-    for name, each in delta.factors.items():
-        layer = expert_param(name)[0]
-        by_row = np.array([weights.get((layer, expert), 0.0) for expert in each.expert_ids])
-        factors[name] = ExpertFactors(
-            expert_ids=each.expert_ids,
-            lora_a=each.lora_a,
-            lora_b=(each.lora_b * by_row[:, None, None]).astype(np.float32),
-        )
-    return Delta(spec=delta.spec, factors=factors)
 
 
 def descent(model: nn.Module, suites: Sequence[np.ndarray], names: Container[str]) -> Gradient:

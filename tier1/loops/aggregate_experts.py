@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from fednested_lib.log import UPDATES
 from tier1.federation import Federation
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import CandidateRef, CutRef, TakenCut, Window
-from tier1.versions.candidates import save_candidate
+from tier1.versions.candidates import save_candidate, snapshot_of
 from tier1.versions.manifest import Candidate, Cut, Inputs
 
 if TYPE_CHECKING:
@@ -132,12 +133,10 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         payloads=fed.payloads,
         archive=fed.archive,
     )
-    if settings.probe is not None and admission.updates:
-        admission = probe(fed, state.head.snapshot, admission)
-    return fold_candidate(
+    fold = partial(
+        fold_candidate,
         state.head,
         Inputs(cut=cut),
-        admission,
         rates=fed.config.rates,
         settings=settings,
         blobs=fed.blobs,
@@ -146,19 +145,25 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         authorisation=grant.id,
         lineage=record_fold(fed, cut, grant.id),
     )
+    candidate = fold(admission)
+    if settings.probe is None or not candidate.accepted:
+        return candidate
+    judged = probe(fed, snapshot_of(candidate), admission)
+    return candidate if len(judged.updates) == len(admission.updates) else fold(judged)
 
 
-def probe(fed: Federation, head: SnapshotManifest, admission: Admission) -> Admission:
-    """Refuse updates that raise the loss of the suites."""
+def probe(fed: Federation, folded: SnapshotManifest, admission: Admission) -> Admission:
+    """Refuse updates that raise the loss of the suites, where the fold of all of them leads."""
     from tier1.evaluation.probe import probed
     from tier1.loops.evaluate_and_promote import registered_suites
 
+    assert fed.config.aggregation.probe is not None, "the probe is on"
     limits = fed.config.evaluation
     return probed(
         admission,
-        head,
+        folded,
         {suite.name: suite.path for suite in registered_suites(fed).values()},
-        fed.config.aggregation,
+        margin=fed.config.aggregation.probe,
         blobs=fed.blobs,
         archive=fed.archive,
         seq_len=limits.seq_len,

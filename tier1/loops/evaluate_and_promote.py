@@ -26,7 +26,7 @@ from tier1.loops.anchors import require_whole_chain
 from tier1.loops.genesis import now_text
 from tier1.loops.records import CandidateRef, Outcome, Settled
 from tier1.loops.views import sync_views
-from tier1.versions.candidates import load_candidate, newest_first, save_candidate
+from tier1.versions.candidates import load_candidate, newest_first, save_candidate, snapshot_of
 from tier1.versions.manifest import Candidate, Decision, GateRecord, SuiteChange, Version
 from tier1.versions.settings import Rates
 from tier1.versions.state import ChainState, Sealed, VersionView, continues
@@ -120,16 +120,8 @@ def _settled(fed: Federation, sealed: Sealed) -> Settled:
 
 def gate_candidate(fed: Federation, candidate: Candidate) -> GateRecord:
     """Evaluate a candidate and its parent on every suite and judge the difference: the automatic gate."""
-    from fednested_lib.snapshot import SnapshotManifest
-
     parent = fed.chain.state().versions[candidate.parent_version]
-    after = SnapshotManifest(
-        version=candidate.parent_version,
-        family=candidate.family,
-        model_config=candidate.model,
-        tokenizer=candidate.tokenizer,
-        blobs=candidate.blobs,
-    )
+    after = snapshot_of(candidate)
     bound = fed.config.evaluation.max_regression
     report = judge(measure(fed, parent.snapshot), measure(fed, after), max_regression=bound)
     rows = [

@@ -14,6 +14,7 @@ from fednested_lib.blobs import write_durable
 from fednested_lib.errors import ChainCorrupt, ChainError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.signing import sha256_hex
+from fednested_lib.snapshot import SnapshotManifest
 from tier1.versions.manifest import Candidate
 
 
@@ -50,6 +51,17 @@ def load_candidate(home: str | os.PathLike, digest: str) -> Candidate:
         return Candidate.model_validate_json(data)
     except ValidationError as error:
         raise ChainCorrupt(f"candidate {digest[:12]} at {path} is not one of this release: fold it again") from error
+
+
+def snapshot_of(candidate: Candidate) -> SnapshotManifest:
+    """Return what a candidate would make of its parent, as a snapshot."""
+    return SnapshotManifest(
+        version=candidate.parent_version,
+        family=candidate.family,
+        model_config=candidate.model,
+        tokenizer=candidate.tokenizer,
+        blobs=candidate.blobs,
+    )
 
 
 def newest_first(home: str | os.PathLike) -> list[str]:

@@ -183,6 +183,15 @@ def test_what_is_usual_bounds_a_device_and_each_of_its_experts():
     assert device_clips("ab", [1.0, 1e9], [full, full], settings) == pytest.approx([1.0, 1e-9])  # not its own judge
 
 
+def test_a_device_that_withheld_everything_is_nobodys_measure():
+    """Zeros with no tokens, as a sidecar sends them, neither clip the others to nothing nor are clipped."""
+    settings, full = AggregationSettings(norm_ratio=1.0, expert_norm_ratio=1.5), {(0, e): 100 for e in range(4)}
+    assert device_clips("ab", [0.0, 2.0], [{E: 0}, full], settings) == [1.0, 1.0]
+    assert expert_bound("ab", [0.0, 2.0], [{E: 0}, full], settings) == pytest.approx(1.5)
+    assert device_clips("a", [0.0], [{E: 0}], settings) == [1.0]
+    assert expert_bound("a", [0.0], [{E: 0}], settings) == math.inf
+
+
 def test_tokens_beyond_the_usual_do_not_count():
     """With a token ratio a claim of 10¹² on an expert counts as the median device's tokens, and mass stays 1."""
     settings = AggregationSettings(token_ratio=1.0)

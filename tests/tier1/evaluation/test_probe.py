@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 
 from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors
-from fednested_lib.snapshot import expert_shapes
 from tests.federation import Device, make_federation, random_delta
-from tier1.evaluation.probe import cosine, step_shares
+from tier1.evaluation.probe import cosine, probed
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
 from tier1.loops.evaluate_and_promote import decide, losses_of, settle_candidate
 from tier1.loops.records import CandidateRef
-from tier1.versions.admission import admit
-from tier1.versions.archive import read_delta
 from tier1.versions.candidates import load_candidate
-from tier1.versions.cut import read_cut, take_cut
-from tier1.versions.settings import AggregationSettings
 
 NAME = "model.layers.0.mlp.experts.down_proj"
 
@@ -95,21 +90,26 @@ def save(fed, candidate):
     return CandidateRef(digest=digest, parent_version=candidate.parent_version, n_accepted=1, n_refused=1)
 
 
-def test_the_probe_looks_ahead_along_the_step_of_all(fed):
-    """Guards the tentative step: what an update adds to it is clipped, and divided by the devices on the expert."""
-    snapshot = fed.chain.state().head.snapshot
-    for client, factor in (("ann", 1.0), ("bob", 100.0)):
-        Device(fed, client).send(delta=signed(random_delta(snapshot, seed=7, size=0.1, rank=2), factor))
-    state, settings = fed.chain.state(), AggregationSettings(norm_ratio=1.0)
-    updates = admit(
-        read_cut(fed.log, take_cut(fed.log, state, min_updates=1, max_wait_s=0.0, max_updates=9)),
-        state,
-        devices=fed.config.devices,
-        settings=settings,
-        payloads=fed.payloads,
-        archive=fed.archive,
-    ).updates
-    shapes = expert_shapes(snapshot)
-    ann, bob = step_shares(updates, lambda update: read_delta(update, fed.archive, shapes), settings)
-    assert set(ann.values()) == {0.5}
-    assert bob == pytest.approx(dict.fromkeys(ann, 0.005), rel=0.02)  # int8 rounds the two apart
+def test_the_probe_looks_where_the_fold_of_all_leads(fed, monkeypatch):
+    """Guards the place of judgement: the very candidate if nobody is refused, folded anew without who is."""
+    judged = []
+
+    def spy(admission, folded, *arguments, **keywords):
+        judged.append((folded.blobs, probed(admission, folded, *arguments, **keywords)))
+        return judged[-1][1]
+
+    monkeypatch.setattr("tier1.evaluation.probe.probed", spy)
+    delta = random_delta(fed.chain.state().head.snapshot, seed=7, size=0.01, rank=2)
+    for client, sign in (("ann", 1.0), ("bob", -0.5)):
+        Device(fed, client).send(delta=signed(delta, sign))
+    candidate = load_candidate(fed.home, fold_updates(fed, take_updates(fed)).digest)
+    ((folded, admission),) = judged
+    assert len(candidate.accepted) == len(admission.updates) == 1
+    assert candidate.blobs != folded
+    settle_candidate(fed, save(fed, candidate))
+    Device(fed, candidate.accepted[0].client_id, sequence=1).send(
+        delta=signed(delta, 1.0 if candidate.accepted[0].client_id == "ann" else -0.5)
+    )
+    again = load_candidate(fed.home, fold_updates(fed, take_updates(fed)).digest)
+    assert judged[-1][0] == again.blobs
+    assert not again.refused
