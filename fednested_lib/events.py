@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from fednested_lib import errors
 from fednested_lib.envelope import ClientId, Count, Digest, FederationName, Layer
@@ -90,11 +90,18 @@ class TrainingTelemetry(_Event):
     payload_bytes: int = Field(ge=0)
     expert_tokens: (
         Annotated[
-            dict[Layer, Annotated[dict[ExpertId, Count], Field(min_length=1, max_length=MAX_EXPERTS)]],
+            dict[Layer, Annotated[dict[ExpertId, Count], Field(min_length=1)]],
             Field(max_length=MAX_LAYERS),
         ]
         | None
     ) = None
+
+    @field_validator("expert_tokens")
+    @classmethod
+    def _bounded(cls, told: dict[str, dict[str, int]] | None) -> dict[str, dict[str, int]] | None:
+        if told is not None and (n_experts := sum(map(len, told.values()))) > MAX_EXPERTS:
+            raise ValueError(f"{n_experts} experts in all layers together, at most {MAX_EXPERTS} may be named")
+        return told
 
 
 class TaskReason(BaseModel):

@@ -9,7 +9,7 @@ from images import specs
 from tasks.decks import show
 from tasks.errors import retry_recoverable
 from tasks.federation import ConfigFile, opened
-from tier1.loops.data_engine import EngineReport
+from tier1.loops.records import EngineReport
 
 
 @task(

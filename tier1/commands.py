@@ -207,9 +207,10 @@ def data_engine(config: Path = CONFIG) -> None:
     for finding in report.findings:
         typer.echo(finding)
     ignored = ", ".join(f"{count} {reason}" for reason, count in report.ignored.items()) or "none"
-    typer.echo(
-        f"{len(report.findings)} findings from {report.counted} of {report.read} new records; ignored: {ignored}"
-    )
+    if report.left_out:
+        typer.echo(f"… and {report.left_out} more, none of them worse")
+    found = len(report.findings) + report.left_out
+    typer.echo(f"{found} findings from {report.counted} of {report.read} new records; ignored: {ignored}")
 
 
 @app.command("replay")

@@ -10,7 +10,7 @@ from flytekit import workflow
 from tasks.data_engine import turn_engine
 from tasks.failures import data_engine_failed
 from tasks.federation import ConfigFile
-from tier1.loops.data_engine import EngineReport
+from tier1.loops.records import EngineReport
 
 
 @workflow(on_failure=data_engine_failed)

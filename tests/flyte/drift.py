@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REGIONS = {"north": ("n0", "n1", "n2"), "south": ("s0", "s1", "s2")}
 WINDOW_S = 4.0
 PATIENCE_S = 180.0
+GRACE_S = 20.0  # for a trigger that was asked to end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,12 @@ def _tell(fed: Federation, rng: random.Random, *, sequence: int, north: float) -
 
 def _turn(config: Path) -> None:
     turn = _pyflyte(config, "data_engine")
-    output, _ = turn.communicate(timeout=PATIENCE_S)
+    try:
+        output, _ = turn.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        turn.kill()
+        turn.communicate()
+        raise
     assert turn.returncode == 0, output[-3000:]
 
 
@@ -171,7 +177,11 @@ def _trigger(config: Path, admin: AdminStandIn) -> Iterator[None]:
             yield
         finally:
             trigger.terminate()
-            trigger.wait(20)
+            try:
+                trigger.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                trigger.kill()
+                trigger.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -149,6 +149,17 @@ def test_what_a_connector_serves_asks_for_no_pod(entities: dict[str, object]) ->
     assert not any(spec.template.HasField("container") for spec in served.values())
 
 
+def test_registering_loads_no_loop() -> None:
+    """What a workflow names are records: the code of a loop is loaded where it runs."""
+    program = (
+        "import sys, workflows.data_engine; "
+        "print([name for name in sys.modules if name in ('tier1.loops.data_engine', 'tier1.loops.findings')])"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split("\n")[-2] == "[]"
+
+
 def test_no_plan_activates_itself() -> None:
     """Registering from a laptop must not start a production schedule."""
     from launchplans import schedules

@@ -31,17 +31,19 @@ from fednested_lib.errors import EnvelopeError, StorageError
 from fednested_lib.events import SIGNATURE_HEADER, TrainingTask, TrainingTelemetry, parse_event
 from fednested_lib.failpoints import failpoint
 from fednested_lib.log import TELEMETRY, Record, UpdateLog
+from fednested_lib.partition import expert_param
 from fednested_lib.signing import canonical_json, verify
+from fednested_lib.snapshot import expert_shapes
 from tier1.config import DeviceRecord
 from tier1.federation import Federation
-from tier1.loops.findings import Asked, Finding, Open, decide
+from tier1.loops.findings import Asked, Open, decide
 from tier1.loops.fleet_statistics import Device, Heard, measure
+from tier1.loops.records import MAX_FINDINGS, EngineReport, Finding
 
 MAX_READ = 1_000_000  # records of one turn and partition, the newest
 MAX_PER_TURN = 64  # records of one device that make its row of the turn, the newest
 MAX_ROWS = 1024  # of one device: more than an hourly turn makes in a month
 MAX_LOSS = 1e6  # nats per token; more is no loss of a model
-MAX_DECK_ROWS = 300
 
 log = structlog.get_logger()
 
@@ -51,7 +53,7 @@ class _State(BaseModel):
 
 
 class Remembered(_State):
-    """One device: the sequence number that it told about last, its rows, and its newest tokens per expert."""
+    """One device: the sequence number that it told about last, its rows, its newest tokens per expert of the head."""
 
     key_epoch: int
     sequence: int
@@ -74,17 +76,6 @@ class EngineState(_State):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineReport:
-    """One turn: records read and counted, reason → records ignored, findings, ids of the tasks it sent."""
-
-    read: int
-    counted: int
-    ignored: dict[str, int]
-    findings: list[Finding]
-    tasks: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Read:
     """What was new on the topic: the trusted events by device, and reason → records that do not count."""
 
@@ -102,6 +93,7 @@ def turn_engine(fed: Federation, *, now: float) -> EngineReport:
         StorageError: the state cannot be read or written, or another turn runs.
         TransportError: the log does not answer; turn again, what was decided is sent then.
         LogError: records vanished while they were read; turn again.
+        ChainError: the chain, which says what experts there are, is damaged.
     """
     with _alone(fed.home / "data-engine"):
         path = fed.home / "data-engine" / "state.json"
@@ -112,13 +104,15 @@ def turn_engine(fed: Federation, *, now: float) -> EngineReport:
         _save(path, new)
         failpoint("data_engine.after_decision")
         _send_pending(fed, path, new)
-    for finding in findings:
+    told = sorted(findings, key=lambda finding: -finding.value / finding.raise_at)[:MAX_FINDINGS]
+    for finding in told:
         log.info("data_engine.finding", kind=finding.kind, subject=finding.subject, status=finding.status)
     return EngineReport(
         read=read.counted + sum(read.ignored.values()),
         counted=read.counted,
         ignored=read.ignored,
-        findings=findings,
+        findings=told,
+        left_out=len(findings) - len(told),
         tasks=[task.task_id for task in (*left.pending, *new.pending)],
     )
 
@@ -207,9 +201,11 @@ def judge(
 
 def next_state(state: EngineState, read: Read, fed: Federation, *, now: float) -> tuple[EngineState, list[Finding]]:
     """Return what the engine remembers after a turn, its tasks still pending, and what it found."""
-    settings, devices = fed.config.data_engine, fed.config.devices
+    settings, devices, experts = fed.config.data_engine, fed.config.devices, _experts(fed)
     memory = {
-        client: _remember(state.devices.get(client), device, read.events.get(client, []), now, settings.reference_s)
+        client: _remember(
+            state.devices.get(client), device, read.events.get(client, []), experts, now, settings.reference_s
+        )
         for client, device in devices.items()
         if client in state.devices or client in read.events
     }
@@ -226,8 +222,21 @@ def next_state(state: EngineState, read: Read, fed: Federation, *, now: float) -
     return new, decision.findings
 
 
+def _experts(fed: Federation) -> dict[str, int]:
+    """Return layer → number of experts of the head's model; nothing before there is one."""
+    if not fed.chain.exists():
+        return {}
+    shapes = expert_shapes(fed.chain.state().head.snapshot)
+    return {str(expert_param(name)[0]): n_experts for name, (n_experts, _, _) in shapes.items()}
+
+
 def _remember(
-    old: Remembered | None, device: DeviceRecord, told: list[TrainingTelemetry], now: float, reference_s: float
+    old: Remembered | None,
+    device: DeviceRecord,
+    told: list[TrainingTelemetry],
+    experts: Mapping[str, int],
+    now: float,
+    reference_s: float,
 ) -> Remembered:
     """Add one row for what a device told in this turn; drop rows that are too old, and those of a clock set back."""
     rows = [row for row in old.rows if 0 <= now - row.at < reference_s] if old else []
@@ -244,8 +253,17 @@ def _remember(
         key_epoch=device.key_epoch,
         sequence=told[-1].sequence,
         rows=[*rows, row][-MAX_ROWS:],
-        expert_tokens=told[-1].expert_tokens or {},
+        expert_tokens=_known(told[-1].expert_tokens or {}, experts),
     )
+
+
+def _known(told: Mapping[str, Mapping[str, int]], experts: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Return the counts of experts that the model has: what a device makes up reaches neither state nor statistics."""
+    return {
+        layer: {expert: count for expert, count in tokens.items() if int(expert) < experts[layer]}
+        for layer, tokens in told.items()
+        if layer in experts
+    }
 
 
 def _fleet(memory: Mapping[ClientId, Remembered], devices: Mapping[ClientId, DeviceRecord]) -> Iterable[Device]:
@@ -298,17 +316,19 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def findings_html(report: EngineReport) -> str:
-    """Return the deck of one turn: every finding with its numbers, and what did not count."""
+    """Return the deck of one turn: the findings with their numbers, and what did not count."""
     rows = "".join(
         f"<tr><td>{escape(each.kind)}</td><td>{escape(each.subject)}</td><td>{each.status}</td><td>{each.value:.4g}</td>"
         f"<td>{each.raise_at:g}</td><td>{each.clear_at:g}</td><td>{each.devices}</td><td>{each.records}</td>"
         f"<td>{escape(each.task_id or each.why_no_task)}</td></tr>"
-        for each in report.findings[:MAX_DECK_ROWS]
+        for each in report.findings
     )
     heads = ("finding", "subject", "status", "value", "raised at", "cleared below", "devices", "records", "task")
     table = f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
     ignored = ", ".join(f"{count} {escape(reason)}" for reason, count in report.ignored.items()) or "none"
+    more = f"<p>{report.left_out} more, none of them worse.</p>" if report.left_out else ""
     return (
-        f"<h3>{len(report.findings)} findings, {len(report.tasks)} tasks</h3>{table if rows else ''}"
+        f"<h3>{len(report.findings) + report.left_out} findings, {len(report.tasks)} tasks</h3>"
+        f"{table if rows else ''}{more}"
         f"<p>{report.counted} of {report.read} new records count; ignored: {ignored}.</p>"
     )

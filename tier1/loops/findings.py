@@ -19,48 +19,9 @@ from dataclasses import dataclass
 from fednested_lib.events import TaskReason, TrainingTask
 from tier1.config import DataEngineConfig, FindingBounds
 from tier1.loops.fleet_statistics import Measurement
+from tier1.loops.records import Finding
 
 DAY_S = 86_400.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One finding after one turn.
-
-    Args:
-        kind: `drift`, `failing`, `drop_out`, `starving` or `saturated`.
-        subject: region, device class, or expert as `l<layer>.e<expert>`.
-        status: `raised`, `open` or `cleared`.
-        value: of the statistic, in the unit of its kind.
-        raise_at: the value that raises it.
-        clear_at: it is open until the value is below.
-        window_s: what was looked at.
-        devices: that the value is taken over.
-        records: behind the devices' rows.
-        opened_at: when it was raised, seconds since the epoch.
-        task_id: what this turn asked for about it; empty if nothing.
-        why_no_task: `no_loop`, `cooldown`, `budget`, `cleared`; empty if a task was asked for.
-    """
-
-    kind: str
-    subject: str
-    status: str
-    value: float
-    raise_at: float
-    clear_at: float
-    window_s: float
-    devices: int
-    records: int
-    opened_at: float
-    task_id: str
-    why_no_task: str
-
-    def __str__(self) -> str:
-        asked = f"task {self.task_id}" if self.task_id else f"no task ({self.why_no_task})"
-        return (
-            f"{self.kind} {self.subject} {self.status}: {self.value:.3g}, raised at {self.raise_at:g}, cleared below "
-            f"{self.clear_at:g}; {self.devices} devices, {self.records} records in {self.window_s:g} s; {asked}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

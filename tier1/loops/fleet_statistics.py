@@ -9,11 +9,13 @@
 
 Every device has one voice, whatever and however often it speaks: a median or a share over d. Fewer than half of the
 devices, saying anything at all, move a median no further than to a value of the others (Huber, *Robust Statistics*,
-1981: breakdown point 1/2). In every kind larger is worse.
+1981: breakdown point 1/2). A device speaks of an expert if it names it, and an expert of which fewer than half of those
+speak that tell of its layer is unknown. In every kind larger is worse.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -126,17 +128,24 @@ def _drop_out(group: list[Device], since: float) -> tuple[Kind, float, int, int]
 
 
 def _loads(fleet: list[Device], since: float) -> Iterator[Measurement]:
-    loads: dict[str, list[float]] = {}
+    """Yield the loads of the experts that at least half of the devices name which tell of their layer."""
+    loads: dict[tuple[str, str], list[float]] = {}
+    tellers: Counter[str] = Counter()
     for device in fleet:
         if device.rows and device.rows[-1].at > since:
             for layer, tokens in device.expert_tokens.items():
-                total = sum(tokens.values())
-                for expert, count in tokens.items() if total else ():
-                    loads.setdefault(f"l{layer}.e{expert}", []).append(count * len(tokens) / total)
-    for subject, values in loads.items():
-        load = median(values)
-        for kind, value in (("starving", 1 - load), ("saturated", load)):
-            yield Measurement(kind=kind, subject=subject, value=value, devices=len(values), records=len(values))
+                if total := sum(tokens.values()):
+                    tellers[layer] += 1
+                    for expert, count in tokens.items():
+                        loads.setdefault((layer, expert), []).append(count * len(tokens) / total)
+    for (layer, expert), values in loads.items():
+        if 2 * len(values) >= tellers[layer]:
+            yield from _extremes(f"l{layer}.e{expert}", median(values), len(values))
+
+
+def _extremes(subject: str, load: float, n: int) -> Iterator[Measurement]:
+    for kind, value in (("starving", 1 - load), ("saturated", load)):
+        yield Measurement(kind=kind, subject=subject, value=value, devices=n, records=n)
 
 
 def _split(device: Device, since: float) -> tuple[list[Heard], list[Heard]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GATE = "secops-decision"  # Flyte's name of the signal that carries a person's decision
+MAX_FINDINGS = 64  # of one report: Flyte bounds what a task returns, and an engine may find thousands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,3 +137,64 @@ class Published:
     snapshot: str
     n_blobs: int
     n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One finding after one turn.
+
+    Args:
+        kind: `drift`, `failing`, `drop_out`, `starving` or `saturated`.
+        subject: region, device class, or expert as `l<layer>.e<expert>`.
+        status: `raised`, `open` or `cleared`.
+        value: of the statistic, in the unit of its kind.
+        raise_at: the value that raises it.
+        clear_at: it is open until the value is below.
+        window_s: what was looked at.
+        devices: that the value is taken over.
+        records: behind the devices' rows.
+        opened_at: when it was raised, seconds since the epoch.
+        task_id: what this turn asked for about it; empty if nothing.
+        why_no_task: `no_loop`, `cooldown`, `budget`, `cleared`; empty if a task was asked for.
+    """
+
+    kind: str
+    subject: str
+    status: str
+    value: float
+    raise_at: float
+    clear_at: float
+    window_s: float
+    devices: int
+    records: int
+    opened_at: float
+    task_id: str
+    why_no_task: str
+
+    def __str__(self) -> str:
+        asked = f"task {self.task_id}" if self.task_id else f"no task ({self.why_no_task})"
+        return (
+            f"{self.kind} {self.subject} {self.status}: {self.value:.3g}, raised at {self.raise_at:g}, cleared below "
+            f"{self.clear_at:g}; {self.devices} devices, {self.records} records in {self.window_s:g} s; {asked}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineReport:
+    """One turn of the data engine.
+
+    Args:
+        read: records that were new.
+        counted: those of them that count.
+        ignored: reason → records that do not.
+        findings: the worst first, at most `MAX_FINDINGS`.
+        left_out: how many more findings there are, none of them worse.
+        tasks: ids of the tasks that it sent.
+    """
+
+    read: int
+    counted: int
+    ignored: dict[str, int]
+    findings: list[Finding]
+    left_out: int
+    tasks: list[str]

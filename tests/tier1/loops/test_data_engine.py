@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fednested_lib.errors import ConfigError, StorageError, TransportError
-from fednested_lib.events import TrainingTask, TrainingTelemetry, parse_event, sign_event, verify_event
+from fednested_lib.errors import ConfigError, EnvelopeError, StorageError, TransportError
+from fednested_lib.events import MAX_EXPERTS, TrainingTask, TrainingTelemetry, parse_event, sign_event, verify_event
 from fednested_lib.log import TASKS, TELEMETRY
 from fednested_lib.signing import Signer
 from services.trigger.launch import ROUTES, order_of
-from tests.federation import device_key, make_workspace
+from tests.federation import SMALL_MODEL, device_key, make_workspace
 from tests.tier1.loops.telemetry_noise import false_alarms
 from tier1.commands import app as tier1_app
 from tier1.config import DataEngineConfig, load_tier1
@@ -26,6 +26,8 @@ from tier1.federation import Federation, open_federation
 from tier1.loops.data_engine import findings_html, load_state, turn_engine
 from tier1.loops.findings import Asked, Open, decide
 from tier1.loops.fleet_statistics import Device, Heard, Measurement, measure
+from tier1.loops.genesis import ensure_genesis
+from tier1.loops.records import MAX_FINDINGS
 
 ROOT = Path(__file__).resolve().parents[3]
 HOUR, DAY = 3600.0, 86_400.0
@@ -94,6 +96,15 @@ def test_loads_are_tokens_over_the_even_share() -> None:
     assert found["starving.l0.e0"] == (-2.0, 3, 3)
     assert found["starving.l0.e1"] == (0.0, 3, 3)
     assert found["starving.l0.e3"] == (1.0, 3, 3)
+
+
+@pytest.mark.parametrize(("honest", "found"), [(3, True), (4, False)])
+def test_an_expert_that_fewer_than_half_name_is_unknown(honest: int, found: bool) -> None:
+    """By hand: three that name expert 9 are half of six devices telling of its layer, and fewer than half of seven."""
+    now = heard(9, 2.0)
+    fleet = [device(now, l0={"0": 9, "9": 0}) for _ in range(3)] + [device(now, l0={"0": 9}) for _ in range(honest)]
+    fleet.append(device(now, l1={"0": 9}))  # tells nothing about layer 0
+    assert ("starving.l0.e9" in values(fleet, min_devices=3)) == found
 
 
 def test_few_devices_are_no_evidence() -> None:
@@ -354,10 +365,71 @@ def test_drop_out_of_a_region_is_found(fleet: Fleet) -> None:
 
 def test_an_expert_that_starves_is_found(fleet: Fleet) -> None:
     """Every device's newest training gives expert 2 of layer 1 nothing: named, with its share."""
+    ensure_genesis(fleet.fed)
     for client in FIVE:
         fleet.tell(client, 2.0, expert_tokens={"1": {"0": 64, "1": 64, "2": 0}})
     report = turn_engine(fleet.fed, now=HOUR)
     assert [(each.kind, each.subject, each.value) for each in report.findings] == [("starving", "l1.e2", 1.0)]
+
+
+def test_experts_that_the_model_lacks_are_nobodys(fleet: Fleet) -> None:
+    """Layer 2 and expert 4 are outside 2 layers of 4 experts: no finding, no byte of state, no share of load."""
+    ensure_genesis(fleet.fed)
+    for client in FIVE:
+        fleet.tell(client, 2.0, expert_tokens={"1": {"3": 8, "4": 0, "9999": 1 << 40}, "2": {"0": 8, "1": 0}})
+    assert turn_engine(fleet.fed, now=HOUR).findings == []
+    state = load_state(fleet.fed.home / "data-engine/state.json")
+    assert [each.expert_tokens for each in state.devices.values()] == [{"1": {"3": 8}}] * 5
+
+
+def test_the_engine_needs_no_torch(tmp_path: Path) -> None:
+    """It runs in the control image, which has neither torch nor transformers, and looks up the head's experts there."""
+    config = workspace(tmp_path)
+    ensure_genesis(open_federation(config))
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'safetensors', 'tokenizers']));"
+        "from tier1.commands import app; app()"
+    )
+    command = [sys.executable, "-c", program, "data-engine", "--config", str(config)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 findings" in done.stdout
+
+
+def test_before_there_is_a_model_no_expert_is_known(fleet: Fleet) -> None:
+    """Without a chain what is told about experts is nobody's word on anything."""
+    for client in FIVE:
+        fleet.tell(client, 2.0, expert_tokens={"1": {"0": 64, "1": 0}})
+    assert turn_engine(fleet.fed, now=HOUR).findings == []
+
+
+def test_a_report_is_bounded(tmp_path: Path) -> None:
+    """Of 100 starving experts the report, which Flyte carries and logs keep, names the worst 64 and counts the rest."""
+    model = {"family": "mixtral", "vocab_size": 300, "config": {**SMALL_MODEL, "num_local_experts": 104}}
+    fleet = Fleet(open_federation(workspace(tmp_path, model=model)))
+    ensure_genesis(fleet.fed)
+    counts = {str(expert): 0 if expert >= 40 else 1 for expert in range(100)} | {
+        str(expert): 10_000 for expert in range(100, 104)
+    }
+    for client in FIVE:
+        fleet.tell(client, 2.0, expert_tokens={"0": counts})
+    report = turn_engine(fleet.fed, now=HOUR)
+    assert (len(report.findings), report.left_out) == (MAX_FINDINGS, 104 - MAX_FINDINGS)
+    assert [each.kind for each in report.findings[:5]] == ["saturated"] * 4 + ["starving"]
+    assert {each.subject for each in report.findings[4:]} >= {f"l0.e{expert}" for expert in range(40, 100)}
+    assert report.tasks == ["saturated.l0.e100.19700101t010000"]
+    assert "104 findings" in findings_html(report)
+    assert "40 more" in findings_html(report)
+
+
+def test_a_record_names_so_many_experts_in_all_layers_together(fleet: Fleet) -> None:
+    """16,384 experts in two layers are read; one more is a bad event, though neither layer is too large."""
+    half = {str(expert): 0 for expert in range(MAX_EXPERTS // 2)}
+    fleet.tell("d0", 2.0, expert_tokens={"0": half, "1": half})
+    (told,) = fleet.fed.log.read(TELEMETRY, fleet.fed.log.watermarks(TELEMETRY))
+    more = told.value.replace(b'"1":{', b'"1":{"9999":0,')
+    with pytest.raises(EnvelopeError, match="expert_tokens.*16385 experts"):
+        parse_event(more)
 
 
 def test_noise_raises_nothing() -> None:
