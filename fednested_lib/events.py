@@ -27,6 +27,7 @@ LOOPS = (
 )
 OURS = tuple(k for k, v in vars(errors).items() if isinstance(v, type) and issubclass(v, FednestedError))
 ERRORS = (*OURS, "Timeout", "Other")  # classes of our tree; nobody answered a gate in time; anything else
+NODE = r"^[a-z0-9-]{0,64}$"
 
 
 class _Event(BaseModel):
@@ -143,7 +144,7 @@ class WorkflowFailed(_Event):
 
     event: Literal["workflow_failed"] = "workflow_failed"
     workflow: Literal[LOOPS]
-    node: str = Field(pattern=r"^[a-z0-9-]{0,64}$")
+    node: str = Field(pattern=NODE)
     execution: str = Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")
     error: Literal[ERRORS]
 

@@ -327,6 +327,7 @@ def build_model(
 
     Raises:
         SnapshotError: blobs are missing or corrupt, or do not fit the model config.
+        ContractError: reason ``unsupported_experts``: ``int4`` for experts with an odd number of inputs.
     """
     if frozen == "fp32":
         return assemble(manifest, read_state_dict(manifest, store), experts)

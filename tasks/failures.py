@@ -97,13 +97,13 @@ def _record(workflow: str, config: ConfigFile, err: FlyteError | None) -> None:
     raised = sys.exc_info()[1]  # a local run calls the handler while the error is in flight; in a pod there is none
     node = err.failed_node_id if err and raised is None else ""  # in a local run it is the handler's own
     try:
-        from tier1.loops.failures import error_class, record_failure
+        from tier1.loops.failures import error_class, node_name, record_failure
 
         with opened(config) as fed:
             record_failure(
                 fed,
                 workflow=workflow,
-                node=node,
+                node=node_name(node),
                 execution=_execution(raised),
                 error=error_class(err.message if err else "", raised),
             )

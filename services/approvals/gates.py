@@ -53,7 +53,8 @@ class FlyteGates:
 
         Raises:
             GovernanceError: no such execution, or its gate does not wait.
-            TransportError: Flyte does not answer; sending the same token again is harmless.
+            TransportError: Flyte does not answer; send the token again. If it had arrived and only the answer was lost,
+                that ends with a GovernanceError, the gate has its answer, and changes nothing.
         """
         from flytekit.exceptions.user import FlyteEntityNotExistException, FlyteInvalidInputException
 

@@ -42,7 +42,7 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
         admitted: names in the order of their admission; a name twice would be an execution twice.
         busy: launch plans whose concurrency policy skips every launch now.
         vanishing: launch plans are taken away once CreateExecution is called.
-        lose_answers: how many admitted CreateExecutions are answered UNAVAILABLE.
+        lose_answers: how many admitted CreateExecutions and SetSignals are answered UNAVAILABLE.
         delay_s: how long CreateExecution takes, before and after the admission each.
         signals: (execution, gate) → signal, as propeller creates it when the gate begins to wait.
         calls: RPC → how often.
@@ -100,9 +100,7 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
         if taken or plan in self.busy:
             context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{request.name} exists, or {plan} is at its limit")
         time.sleep(self.delay_s)
-        if self.lose_answers > 0:
-            self.lose_answers -= 1
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the answer was lost")
+        self._lose_answer(context)
         return execution_pb2.ExecutionCreateResponse(id=self.executions[request.name].id)
 
     def GetExecution(self, request, context):
@@ -133,6 +131,7 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
         if request.value.scalar.primitive.WhichOneof("value") != "string_value":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"value is not castable to type {signal.type}")
         signal.value.CopyFrom(request.value)
+        self._lose_answer(context)
         return signal_pb2.SignalSetResponse()
 
     def reach_gate(self, execution: str, gate: str) -> None:
@@ -149,6 +148,11 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
             workflow_id=_id(identifier_pb2.WORKFLOW, "workflow"), phase=phases.WorkflowExecution.Phase.Value(phase)
         )
         self.executions[execution] = execution_pb2.Execution(id=identifier, closure=closure)
+
+    def _lose_answer(self, context: grpc.ServicerContext) -> None:
+        if self.lose_answers > 0:
+            self.lose_answers -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the answer was lost")
 
     def _admit(self, request: execution_pb2.ExecutionCreateRequest) -> None:
         name = identifier_pb2.WorkflowExecutionIdentifier(

@@ -123,6 +123,17 @@ def test_an_answer_is_not_overwritten(config: Path, admin: AdminStandIn) -> None
     assert admin.signals["f1", GATE].SerializeToString() == first
 
 
+def test_a_decision_whose_answer_is_lost_is_sent_once_more_in_vain(config: Path, admin: AdminStandIn) -> None:
+    """The line says that Flyte did not answer; the same command again finds the decision in its place."""
+    admin.lose_answers = 99  # more than flytekit asks again
+    assert isinstance(send("reject", config).exception, TransportError)
+    admin.lose_answers = 0
+    first = admin.signals["f1", GATE].SerializeToString()
+    with pytest.raises(GovernanceError, match="has its answer"):
+        raise send("reject", config).exception
+    assert admin.signals["f1", GATE].SerializeToString() == first
+
+
 def test_an_unknown_key_signs_nothing(config: Path, admin: AdminStandIn, tmp_path: Path) -> None:
     """A key that is no approver's ends before Flyte is asked."""
     Signer.generate().save(tmp_path / "stranger.key")

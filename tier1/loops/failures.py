@@ -14,8 +14,8 @@ from pathlib import Path
 import structlog
 
 from fednested_lib.blobs import create_exclusive
-from fednested_lib.errors import FednestedError, TransportError
-from fednested_lib.events import ERRORS, WorkflowFailed, parse_event
+from fednested_lib.errors import EnvelopeError, FednestedError, TransportError
+from fednested_lib.events import ERRORS, NODE, WorkflowFailed, parse_event
 from tier1.federation import Federation
 
 PATIENCE_S = 5.0  # a log that was the reason of the failure is not waited for twice
@@ -50,12 +50,26 @@ def _announce_kept(fed: Federation, directory: Path) -> None:
     impatient = replace(fed, config=fed.config.model_copy(update={"log": settings}))
     try:
         for path in kept:
-            impatient.announce(parse_event(path.read_bytes()), key=b"failure")
-            create_exclusive(path.with_suffix(".announced"), b"")
+            _announce(impatient, path)
     except TransportError:
         log.warning("failure.kept", directory=str(directory), next="the next failure's handler announces it")
     finally:
         impatient.close()
+
+
+def _announce(fed: Federation, path: Path) -> None:
+    try:
+        event = parse_event(path.read_bytes())
+    except EnvelopeError as error:  # of a release that had other words; what was kept after it can be told
+        log.warning("failure.unreadable", path=str(path), error=str(error))
+        return
+    fed.announce(event, key=b"failure")
+    create_exclusive(path.with_suffix(".announced"), b"")
+
+
+def node_name(node: str) -> str:
+    """Return a node's id, or nothing where the event could not carry it: Flyte names nodes, and a failure is told."""
+    return node if re.fullmatch(NODE, node) else ""
 
 
 def error_class(message: str, raised: BaseException | None = None) -> str:
