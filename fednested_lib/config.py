@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -86,6 +86,25 @@ class ControlConfig(Section):
     resend_after_s: float = Field(default=600.0, gt=0, le=2_592_000)
 
 
+class EnergyConfig(Section):
+    """Energy for training per day: what the device draws while it trains, and how many watt-hours it may spend so."""
+
+    watts: float = Field(gt=0, le=1e5)
+    wh_per_day: float = Field(gt=0, le=1e6)
+
+
+class ScheduleConfig(Section):
+    """When the device may train; null means no bound, and a bound without a reading forbids (`schedule.py`)."""
+
+    power: Literal["any", "mains"] = "any"
+    min_battery_percent: float | None = Field(default=None, ge=0, le=100)
+    max_temperature_c: float | None = Field(default=None, ge=0, le=150)
+    max_load_per_core: float | None = Field(default=None, gt=0, le=1000)
+    window: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    energy: EnergyConfig | None = None
+    check_s: float = Field(default=10.0, gt=0, le=3600)
+
+
 class Tier2Config(Section):
     """One device. Relative paths are relative to the file's directory."""
 
@@ -104,6 +123,7 @@ class Tier2Config(Section):
     adapters: AdaptersConfig = AdaptersConfig()
     training: LocalTrainingConfig = LocalTrainingConfig()
     policy: ExportPolicyConfig = ExportPolicyConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
 
 
 Model = TypeVar("Model", bound=BaseModel)
