@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fednested_lib.delta import Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
@@ -17,6 +17,7 @@ from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
 from fednested_lib.snapshot import Frozen
 
+UserName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 PublicKey = Annotated[str, Field(pattern=HEX64)]
 MAX_SEED = (1 << 63) - 1  # what every random generator takes
 
@@ -86,6 +87,22 @@ class ControlConfig(Section):
     resend_after_s: float = Field(default=600.0, gt=0, le=2_592_000)
 
 
+class IsolationConfig(Section):
+    """Users that trainer and sidecar run as when `run-client` starts as root; the least isolation that will do."""
+
+    trainer_user: UserName | None = None
+    sidecar_user: UserName | None = None
+    require: Literal["none", "network", "users"] = "none"
+
+    @model_validator(mode="after")
+    def _both(self) -> IsolationConfig:
+        if (self.trainer_user is None) != (self.sidecar_user is None) or (
+            self.trainer_user is not None and self.trainer_user == self.sidecar_user
+        ):
+            raise ValueError("trainer_user and sidecar_user must be two different users, or both left out")
+        return self
+
+
 class Tier2Config(Section):
     """One device. Relative paths are relative to the file's directory."""
 
@@ -104,6 +121,7 @@ class Tier2Config(Section):
     adapters: AdaptersConfig = AdaptersConfig()
     training: LocalTrainingConfig = LocalTrainingConfig()
     policy: ExportPolicyConfig = ExportPolicyConfig()
+    isolation: IsolationConfig = IsolationConfig()
 
 
 Model = TypeVar("Model", bound=BaseModel)
