@@ -52,7 +52,7 @@ class Client:
     def start_job(self) -> None:
         """Write down what the next update is made from."""
         self.trainer.look()
-        self.trainer.begin()
+        self.trainer.start()
 
     def finish_job(self) -> None:
         """Train, spool and release the job; when stopped, leave it for the next start.

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fednested_lib.delta import Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
@@ -17,6 +17,7 @@ from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
 from fednested_lib.snapshot import Frozen
 
+UserName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 PublicKey = Annotated[str, Field(pattern=HEX64)]
 MAX_SEED = (1 << 63) - 1  # what every random generator takes
 
@@ -103,6 +104,20 @@ class ScheduleConfig(Section):
     window: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
     energy: EnergyConfig | None = None
     check_s: float = Field(default=10.0, gt=0, le=3600)
+class IsolationConfig(Section):
+    """Users that trainer and sidecar run as when `run-client` starts as root; the least isolation that will do."""
+
+    trainer_user: UserName | None = None
+    sidecar_user: UserName | None = None
+    require: Literal["none", "network", "users"] = "none"
+
+    @model_validator(mode="after")
+    def _both(self) -> IsolationConfig:
+        if (self.trainer_user is None) != (self.sidecar_user is None) or (
+            self.trainer_user is not None and self.trainer_user == self.sidecar_user
+        ):
+            raise ValueError("trainer_user and sidecar_user must be two different users, or both left out")
+        return self
 
 
 class Tier2Config(Section):
@@ -124,6 +139,7 @@ class Tier2Config(Section):
     training: LocalTrainingConfig = LocalTrainingConfig()
     policy: ExportPolicyConfig = ExportPolicyConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    isolation: IsolationConfig = IsolationConfig()
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -18,7 +18,9 @@
     ├── GovernanceError               9
     │   ├── PolicyDenied                  the policy does not allow it, or cannot decide
     │   └── PromotionBlocked              a requirement of promotion is missing
-    └── TrainingError                10   the loss is not finite
+    ├── TrainingError                10   the loss is not finite
+    ├── IsolationError               11   the device cannot keep its trainer apart as its configuration requires
+    └── ProcessEnded                 as the process   one of a device's two processes ended with an error
 
 A message has the name, the value, the bound and the remedy. Our errors are for users, `assert` is for programmers.
 """
@@ -129,3 +131,22 @@ class TrainingError(FednestedError):
     """Training produced a loss that is not finite."""
 
     exit_code = 10
+
+
+class IsolationError(FednestedError):
+    """The trainer cannot be kept apart as the configuration requires."""
+
+    exit_code = 11
+
+
+class ProcessEnded(FednestedError):
+    """One of a device's two processes ended with an error.
+
+    Args:
+        message: which one, and its last words.
+        exit_code: that it ended with; 128 and the signal if one killed it.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -151,23 +151,35 @@ class TrainerLoop:
             )
 
     def begin(self) -> bool:
-        """Choose and write down what the next update is made from, if one is wanted and allowed."""
-        how, orders = self.config.training, self.orders
-        sequence = max(self.state.next_sequence, orders.next_sequence)
+        """Begin the next update, if one is wanted and allowed."""
+        how, state, orders = self.config.training, self.state, self.orders
         if (
-            self.state.job is not None
+            state.job is not None
             or orders.model is None
             or orders.end is not None
             or orders.pause is not None
-            or (how.max_updates is not None and sequence >= how.max_updates)
-            or (self.state.counted_on == orders.model.snapshot and self.state.updates_on_model >= how.updates_per_base)
+            or (how.max_updates is not None and self._next_sequence() >= how.max_updates)
+            or (state.counted_on == orders.model.snapshot and state.updates_on_model >= how.updates_per_base)
             or not self._may_train()
         ):
             return False
-        n_rows = how.steps * how.batch_size
-        self._save(job=Job(sequence=sequence, model=orders.model, first_row=self.state.next_row, n_rows=n_rows))
-        failpoint("trainer.after_job")
+        self.start()
         return True
+
+    def start(self) -> None:
+        """Choose and write down what the next update is made from."""
+        how = self.config.training
+        job = Job(
+            sequence=self._next_sequence(),
+            model=self.orders.model,
+            first_row=self.state.next_row,
+            n_rows=how.steps * how.batch_size,
+        )
+        self._save(job=job)
+        failpoint("trainer.after_job")
+
+    def _next_sequence(self) -> int:
+        return max(self.state.next_sequence, self.orders.next_sequence)
 
     def make(self) -> bool:
         """Train the job and spool the update, if that was not done; when interrupted, leave it for the next turn."""
