@@ -338,7 +338,7 @@ class Client:
         envelope = self.sidecar.release(self.spool, job.sequence, base=manifest, now=time.time())
         failpoint("client.after_outbox")
         if report is not None:
-            self._telemetry.append(
+            told = self.sidecar.telemetry(
                 TrainingTelemetry(
                     federation=config.federation,
                     client_id=config.client_id,
@@ -352,6 +352,7 @@ class Client:
                     expert_tokens=_expert_tokens(envelope),
                 )
             )
+            self._telemetry += [] if told is None else [told]
 
     def send(self, patience_s: float = 0.0) -> None:
         """Send what waits in the outbox and, when nothing is left, telemetry.
