@@ -84,7 +84,7 @@ class OutgoingConfig(Section):
 
 
 class AuditConfig(Section):
-    """Where the audit log's anchor and first key lie, apart from the log; null: `anchor` in the device's home."""
+    """Where the audit log's anchor and first key lie, apart from the log; null: `sidecar/anchor` in the home."""
 
     anchor: Path | None = None
 

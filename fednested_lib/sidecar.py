@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hmac
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ from fednested_lib.privacy import constant_counts, gaussian, noised_telemetry
 from fednested_lib.signing import Signer, canonical_json, sha256_hex
 from fednested_lib.snapshot import SnapshotManifest, expert_shapes
 from fednested_lib.spool import Declaration, Spool
+from fednested_lib.telemetry import training_telemetry
 
 MAX_LOSS = 20.0  # nats per token that telemetry tells at most: e²⁰ is beyond any vocabulary
 
@@ -194,23 +195,28 @@ def _noised(
     return noised, constant_counts(declaration.expert_ids, tokens_per_expert=tokens, num_examples=1)
 
 
-def check_declaration(declaration: Declaration, base: SnapshotManifest, policy: Policy) -> None:
+def check_declaration(
+    declaration: Declaration, base: SnapshotManifest | None, policy: Policy
+) -> dict[str, tuple[int, int, int]]:
     """Refuse what the trainer was not ordered to do or the policy does not list, before its factors are read.
 
     Args:
         declaration: what it says.
-        base: the snapshot that it was given to train on.
+        base: the snapshot that it names, if the device holds it.
         policy: of the site.
+
+    Returns:
+        (experts, d_out, d_in) of the base's fused expert parameters.
 
     Raises:
         PolicyRefused: reason ``wrong_base``, ``adapter_not_allowed``, ``wrong_seed``, ``expert_not_allowed`` or
             ``experts_incomplete``.
     """
-    if (declaration.base_version, declaration.base_digest) != (base.version, base.digest):
+    if base is None:
         raise PolicyRefused(
             "wrong_base",
-            f"update {declaration.sequence} says it starts from version {declaration.base_version}, the device was "
-            f"given version {base.version}: train it again",
+            f"update {declaration.sequence} starts from version {declaration.base_version}, which is not held, or not "
+            "with that digest: train it again",
         )
     spec = declaration.adapter.spec()
     policy.check_adapter(spec)
@@ -218,9 +224,9 @@ def check_declaration(declaration: Declaration, base: SnapshotManifest, policy: 
         raise PolicyRefused(
             "wrong_seed", f"seed of A of update {declaration.sequence} is not that of its base version: train it again"
         )
-    policy.check_experts(
-        declaration.layers(), {expert_param(name)[0]: shape[0] for name, shape in expert_shapes(base).items()}
-    )
+    shapes = expert_shapes(base)
+    policy.check_experts(declaration.layers(), {expert_param(name)[0]: shape[0] for name, shape in shapes.items()})
+    return shapes
 
 
 class Sidecar:
@@ -255,14 +261,19 @@ class Sidecar:
         self._who = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
         self._encoding = encoding
 
-    def release(self, spool: Spool, sequence: int, *, base: SnapshotManifest, now: float) -> Envelope:
+    def release(
+        self, spool: Spool, sequence: int, *, held: Callable[[int, str], SnapshotManifest | None], now: float
+    ) -> tuple[Envelope, TrainingTelemetry | None]:
         """Re-make a spooled update under the policy and put it into the outbox; doing it again changes nothing.
 
         Args:
             spool: what the trainer wrote.
             sequence: number of the update that was ordered.
-            base: the snapshot that it was ordered to start from.
+            held: finds the snapshot of a version and digest among those that the trainer was given.
             now: seconds since the epoch.
+
+        Returns:
+            The envelope, and what the policy lets be told about the training.
 
         Raises:
             PayloadError: it will never leave, with the rule; the file may be removed.
@@ -270,8 +281,10 @@ class Sidecar:
             StorageError: the outbox, the ledger, the audit log or the disk refuses; the file must stay.
         """
         with self._recorded(sequence, now):
-            declaration, delta = spool.read(sequence, expert_shapes(base))
-            check_declaration(declaration, base, self.policy)
+            declaration = spool.declaration(sequence)
+            base = held(declaration.base_version, declaration.base_digest)
+            shapes = check_declaration(declaration, base, self.policy)
+            delta = spool.delta(declaration, shapes)
             made = make_update(declaration, delta, policy=self.policy, encoding=self._encoding, **self._who)
             self._check_made(made)
             self.ledger.fix_experts(self.policy.version, sha256_hex(canonical_json(made.envelope.expert_ids)))
@@ -310,7 +323,8 @@ class Sidecar:
             payload_bytes=envelope.payload_bytes,
             fp32_bytes=delta.size_fp32_bytes,
         )
-        return envelope
+        told = training_telemetry(declaration, envelope)
+        return envelope, None if told is None else self.telemetry(told)
 
     def telemetry(self, event: TrainingTelemetry) -> TrainingTelemetry | None:
         """Return what of an event may be told: nothing, few digits, or noise whose ε the update has paid for."""
@@ -414,7 +428,8 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
 
 def audit_places(config: Tier2Config) -> tuple[Path, Path]:
     """Return the directories of a device's audit log and of its anchor."""
-    return config.home / "audit", config.audit.anchor or config.home / "anchor"
+    own = config.home / "sidecar"
+    return own / "audit", config.audit.anchor or own / "anchor"
 
 
 def _check_config(policy: Policy, config: Tier2Config) -> None:
