@@ -85,7 +85,7 @@ def run(config: Tier2Config, *, log: UpdateLog | None = None) -> ClientReport:
     from fednested_lib.kafka_log import KafkaLog
 
     with ExitStack() as stack:
-        outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.policy.outbox_bytes))
+        outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.outgoing.outbox_bytes))
         if log is None:
             log = stack.enter_context(closing(KafkaLog(config.log.servers(), timeout_s=config.log.timeout_s)))
         stopped = stack.enter_context(sigterm())
