@@ -16,7 +16,7 @@ import typer
 from fednested_lib.errors import ConfigError, FednestedError
 
 ENTRY_POINTS = "fednested.commands"
-CHECKOUT_GROUPS = ("tier1", "approvals")
+CHECKOUT_GROUPS = ("tier1", "approvals", "gateway")
 CHECKOUT_REMEDY = "needs a checkout of the repository: run `make setup` there and use its .venv/bin/fednested"
 
 app = typer.Typer(
