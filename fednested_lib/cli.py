@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fednested_lib.signing import Signer
 
 ENTRY_POINTS = "fednested.commands"
-CHECKOUT_GROUPS = ("tier1", "approvals")
+CHECKOUT_GROUPS = ("tier1", "approvals", "gateway")
 CHECKOUT_REMEDY = "needs a checkout of the repository: run `make setup` there and use its .venv/bin/fednested"
 
 app = typer.Typer(

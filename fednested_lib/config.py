@@ -39,6 +39,17 @@ class LogConfig(Section):
         return os.environ.get("FEDNESTED_KAFKA_BOOTSTRAP") or self.bootstrap
 
 
+class GatewayConfig(Section):
+    """Where tier 1's gateway is, who vouches for it, and this device's certificate if it is asked for one."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    timeout_s: float = Field(default=30.0, gt=0, le=600)
+    chunk_bytes: int = Field(default=1 << 20, ge=1 << 12, le=8 << 20)
+
+
 class ModelConfig(Section):
     """How the frozen experts are held in memory: `fp32`, `int8` (a quarter of it) or `int4` (a seventh)."""
 
@@ -141,8 +152,10 @@ class Tier2Config(Section):
     home: Path
     data: Path
     heldout: Path | None = None
-    blobs_uri: str
-    payloads_uri: str
+    transport: Literal["kafka", "http"] = "kafka"
+    blobs_uri: str | None = None
+    payloads_uri: str | None = None
+    gateway: GatewayConfig | None = None
     log: LogConfig = LogConfig()
     control: ControlConfig
     model: ModelConfig = ModelConfig()
@@ -271,14 +284,29 @@ def load_tier2(path: str | os.PathLike) -> Tier2Config:
     """Load a device configuration; paths are made absolute relative to the file."""
     config = load_yaml(path, Tier2Config, command="fednested init-config tier2")
     base = Path(path).resolve().parent
+    needed = ("gateway",) if config.transport == "http" else ("blobs_uri", "payloads_uri")
+    for name in needed:
+        if getattr(config, name) is None:
+            raise ConfigError(
+                f"config file {path}: key {name} is missing: transport {config.transport} needs it "
+                "(`fednested init-config tier2` writes a full example)"
+            )
     paths = {name: base / getattr(config, name) for name in ("key", "home", "data")}
     if config.heldout is not None:
         paths["heldout"] = base / config.heldout
     paths["policy"] = config.policy.model_copy(update={"file": base / config.policy.file})
     if config.audit.anchor is not None:
         paths["audit"] = AuditConfig(anchor=base / config.audit.anchor)
-    uris = {name: resolve_uri(getattr(config, name), base) for name in ("blobs_uri", "payloads_uri")}
-    return config.model_copy(update={**paths, **uris})
+    uris = {
+        name: resolve_uri(uri, base)
+        for name in ("blobs_uri", "payloads_uri")
+        if (uri := getattr(config, name)) is not None
+    }
+    gateway = config.gateway
+    if gateway is not None:
+        files = {name: getattr(gateway, name) for name in ("ca_file", "cert_file", "key_file")}
+        gateway = gateway.model_copy(update={name: base / file for name, file in files.items() if file is not None})
+    return config.model_copy(update={**paths, **uris, "gateway": gateway})
 
 
 def resolve_uri(uri: str, base: Path) -> str:
@@ -298,6 +326,8 @@ blobs_uri: ../home/blobs        # where snapshots are fetched from (path or fssp
 payloads_uri: ../home/payloads  # where large payloads are put before their pointer is sent
 log:
   bootstrap: 127.0.0.1:9092     # FEDNESTED_KAFKA_BOOTSTRAP wins
+# transport: http               # instead of the three above: everything goes through tier 1's gateway
+# gateway: {{url: https://gateway.example, ca_file: ca.pem}}
 control:
   public_key: ""            # 64 hex digits: tier 1's public key (identity.pub); events of others are ignored
 adapters: {{rank: 8, alpha: 16.0, experts: null}}

@@ -85,9 +85,18 @@ class SnapshotError(ContractError):
 
 
 class TransportError(FednestedError):
-    """A server or store cannot be reached; trying again may help."""
+    """A server or store cannot be reached; trying again may help.
+
+    Args:
+        message: the sentence for a person.
+        retry_after_s: the server's word on how long to wait, None if it gave none.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StorageError(FednestedError):

@@ -74,6 +74,7 @@ class TrainerLoop:
         self.orders: Orders | None = None
         self._told: Status | None = None
         self._damaged: tuple[str, int] | None = None  # a snapshot that would not load, and the repairs until then
+        self._unloadable: str | None = None  # one that would not load after its repair either
         self._waits_for: str | None = None
         self._next_look = 0.0
         self.spool.keep_only(self.state.job.sequence if self.state.job else None)
@@ -186,15 +187,19 @@ class TrainerLoop:
         job = self.state.job
         if job is None or self.spool.has(job.sequence) or self.orders.end == "cancelled" or not self._may_train():
             return False
-        if self._damaged == (job.model.snapshot, self.orders.repairs):
-            return False  # the sidecar has not repaired it yet
+        if self._damaged == (job.model.snapshot, self.orders.repairs) or self._unloadable == job.model.snapshot:
+            return False  # the sidecar has not repaired it yet, or not gone back to another
         try:
             self.local.train(job, self._interrupted)
         except Interrupted:
             return False
         except SnapshotError as error:
             if self._damaged is not None and self._damaged[0] == job.model.snapshot:
-                raise
+                if len(self.orders.kept) < 2:  # there is none to go back to
+                    raise
+                _log.error("trainer.snapshot_unloadable", version=job.model.version, reason=error.reason)
+                self._damaged, self._unloadable = None, job.model.snapshot
+                return True
             _log.warning("trainer.snapshot_damaged", version=job.model.version, reason=error.reason)
             self._damaged = (job.model.snapshot, self.orders.repairs)
             return True
@@ -227,6 +232,8 @@ class TrainerLoop:
             job=job.sequence if job else None,
             snapshot=job.model.snapshot if job else None,
             damaged=self._damaged[0] if self._damaged else None,
+            unloadable=self._unloadable,
+            loaded=self.local.loaded,
         )
         if status != self._told:
             write_note(status_path(self.config.home), status)
