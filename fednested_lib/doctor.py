@@ -26,7 +26,7 @@ from fednested_lib.log import CONTROL
 from fednested_lib.orders import Orders, orders_path, read_note
 from fednested_lib.policy import load_policy
 from fednested_lib.schedule import read_device, why_not
-from fednested_lib.sidecar import audit_places
+from fednested_lib.sidecar import audit_places, check_config
 from fednested_lib.signing import Signer
 from fednested_lib.text import require_text
 from fednested_lib.transport import open_transport
@@ -75,16 +75,11 @@ def text(config: Tier2Config) -> Iterator[Finding]:
 
 
 def policy(config: Tier2Config) -> Iterator[Finding]:
-    """Is the policy signed by the site's key, and is that key somewhere else?"""
+    """Is the policy signed by the site's key, does it allow what is configured, and is that key somewhere else?"""
     signed = load_policy(config.policy.file, config.policy.public_key)
-    value = f"{config.policy.file}, version {signed.version}, dp {'off' if signed.dp == 'off' else 'on'}"
-    yield judge(
-        "policy",
-        holds=signed.federation == config.federation,
-        value=f"{value}, for federation {signed.federation}",
-        bound=config.federation,
-        remedy="sign a policy for this federation, or set federation",
-    )
+    check_config(signed, config)
+    dp = "off" if signed.dp == "off" else "on"
+    yield Finding(what="policy", state="ok", value=f"{config.policy.file}, version {signed.version}, dp {dp}")
     beside = config.policy.file.parent / "site-policy.key"
     yield judge(
         "site's policy key",

@@ -117,7 +117,9 @@ class LocalTrainer:
         self._load(job.model)
         self._adapters.reset(seed)
 
-        def check(_step: int, _loss: float) -> None:
+        def check(step: int, _loss: float) -> None:
+            if step == 0:
+                _log.info("trainer.first_step", sequence=job.sequence)
             if stopped():
                 raise Interrupted
 

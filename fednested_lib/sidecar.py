@@ -407,7 +407,7 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
         StorageError: the file system refuses.
     """
     policy = load_policy(config.policy.file, config.policy.public_key)
-    _check_config(policy, config)
+    check_config(policy, config)
     log, anchor = audit_places(config)
     audit = AuditLog(log, anchor=anchor)
     ledger = Ledger(config.home / "sidecar" / "ledger.db")
@@ -432,7 +432,12 @@ def audit_places(config: Tier2Config) -> tuple[Path, Path]:
     return own / "audit", config.audit.anchor or own / "anchor"
 
 
-def _check_config(policy: Policy, config: Tier2Config) -> None:
+def check_config(policy: Policy, config: Tier2Config) -> None:
+    """Refuse a configuration whose every update the policy would refuse.
+
+    Raises:
+        ConfigError: another federation, an encoding or an adapter that the policy does not list.
+    """
     if policy.federation != config.federation:
         raise ConfigError(
             f"policy {config.policy.file} is for federation {policy.federation}, this device is in "

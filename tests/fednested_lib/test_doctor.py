@@ -90,6 +90,12 @@ def test_each_fault_is_named_alone(device: Device, what: str) -> None:
     assert remedy in bad[what]
 
 
+def test_adapter_that_the_policy_does_not_list(device: Device) -> None:
+    """A device whose every update would be refused is told before it trains one."""
+    device.replace("rank: 8", "rank: 5")
+    assert "rank 5" in str(device.findings()["policy"])
+
+
 def test_policy_key_left_behind_is_a_warning(device: Device) -> None:
     """The key that could loosen the policy does not belong on the device."""
     (device.root / "site-policy.key").write_text("0" * 64)
