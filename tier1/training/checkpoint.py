@@ -108,8 +108,7 @@ class Checkpoints:
         Raises:
             StorageError: The disk is full or refuses; the newest checkpoint is as it was.
         """
-        headers = self._headers()
-        steps = {name: header["progress"]["step"] if header else -1 for name, header in headers.items()}
+        steps = {name: self._worth(header) for name, header in self._headers().items()}
         target = self.directory / min(SLOTS, key=lambda name: steps[name])
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         header = {"format": FORMAT, "progress": asdict(progress), "run": self.run, "tensors": _digest(state)}
@@ -142,6 +141,12 @@ class Checkpoints:
                 log.warning("checkpoint.refused", file=name, reason=f"torn or no checkpoint: {error}")
                 found[name] = None
         return found
+
+    def _worth(self, header: Mapping[str, Any] | None) -> int:
+        """Return the step of a checkpoint, or below 0 what goes first: an empty place, then another run's."""
+        if header is None:
+            return -2
+        return -1 if self._difference(header["run"]) else header["progress"]["step"]
 
     def _difference(self, run: Mapping[str, Any]) -> str:
         """Say what distinguishes the run of a checkpoint from this one; empty if nothing does."""
