@@ -152,6 +152,7 @@ def _train(
     every: int = 4,
     directory: str | None = None,
     still: bool = False,
+    aux_loss: float = 0.02,
     poisoned_rank: int | None = None,
     file_limit: int | None = None,
     timeout_s: float = 120.0,
@@ -165,6 +166,7 @@ def _train(
         every: steps between checkpoints.
         directory: where they are; None is off.
         still: no dropout and no router noise.
+        aux_loss: coefficient of the balancing loss.
         poisoned_rank: the rank whose model yields NaN from step 6 on.
         file_limit: largest file that rank 0 may write, bytes: a full disk.
         timeout_s: longest wait for another rank.
@@ -180,7 +182,7 @@ def _train(
     losses: list[float] = []
     with join_ranks(timeout_s) as ranks:
         model = initial_model("mixtral", MODEL | (STILL if still else {}), 0)
-        settings = TrainSettings(steps=steps, batch_size=batch_size, learning_rate=1e-2)
+        settings = TrainSettings(steps=steps, batch_size=batch_size, learning_rate=1e-2, aux_loss=aux_loss)
         checkpoints = Checkpoints(directory=Path(directory), every=every, run={"steps": steps}) if directory else None
 
         def on_step(step: int, loss: float) -> None:
