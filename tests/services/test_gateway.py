@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -23,15 +27,17 @@ from fednested_lib.gateway_log import GatewayLog
 from fednested_lib.gateway_store import GatewayStore
 from fednested_lib.log import CONTROL, TELEMETRY, TOPICS, UPDATES, InMemoryLog
 from fednested_lib.signing import Signer, sha256_hex
+from services.embedded import EmbeddedBroker
 from services.gateway.__main__ import app as command
 from services.gateway.admit import Buckets, device_checks
 from services.gateway.server import BoundedProtocol, Limits, open_gateway
-from tests.federation import make_workspace
+from tests.federation import device_key, make_workspace
 from tests.gateway import CLIENT, DEVICE, DEVICES, connect, make_gateway, serving
 from tier1.federation import open_federation
 
 CHUNK = 4096
 LARGE = bytes(range(256)) * 80  # five chunks
+ROOT = Path(__file__).resolve().parents[2]
 STRANGER = Signer.from_seed(b"x" * 32)
 
 
@@ -267,6 +273,76 @@ def test_a_download_goes_on_where_it_was_cut(world, url, tmp_path):
         assert chaos.left == 0
     assert max(chaos.again["BLOB"]) <= CHUNK
     assert not list((tmp_path / "partials").iterdir())
+
+
+TRANSFER = """
+import sys
+from pathlib import Path
+from tests.gateway import connect
+from fednested_lib.gateway_store import GatewayStore
+url, partials, way, digest = sys.argv[1:]
+store = GatewayStore(connect(url), Path(partials), chunk_bytes=4096)
+store.put(bytes(range(256)) * 80) if way == "put" else store.get(digest)
+"""
+
+
+@pytest.mark.parametrize(("way", "failpoint"), [("put", "gateway.after_chunk:2"), ("get", "gateway.after_range:2")])
+def test_a_device_that_is_killed_goes_on_where_it_was(world, url, tmp_path, way, failpoint):
+    """SIGKILL in the middle of a transfer: the next process sends or fetches the rest alone."""
+    digest = BlobStore(world.directory / "blobs").put(LARGE)
+    chaos = Chaos(int(url.rsplit(":", 1)[1]), plan=[], seed=0)
+    command = [sys.executable, "-c", TRANSFER, chaos.url, str(tmp_path / "partials"), way, digest]
+    with closing(chaos):
+        for name, code in ((failpoint, -signal.SIGKILL), ("", 0)):
+            environment = {**os.environ, "FEDNESTED_FAILPOINT": name, "PYTHONPATH": str(ROOT)}
+            assert subprocess.run(command, env=environment, check=False, timeout=120).returncode == code
+    assert chaos.again == {"PATCH": [0], "BLOB": [0]}
+    assert max(chaos.sent_bytes, chaos.fetched_bytes) == len(LARGE)
+    assert not list((tmp_path / "partials").glob("*"))
+
+
+def test_a_gateway_killed_before_it_remembers_a_place_costs_a_duplicate(tmp_path):
+    """Between the broker's word and the row: the device asks again, and admission knows the second record by its id."""
+    with EmbeddedBroker(tmp_path / "broker") as broker:
+        config = make_workspace(tmp_path / "tier1", bootstrap=broker.bootstrap)
+        fed, world, signer = open_federation(config), World(tmp_path / "unused"), device_key("ann")
+        headers = {HEADER: world.envelope(b"p", signer=signer, client_id="ann").to_bytes()}
+        places = []
+        for failpoint in ("gateway.after_append", ""):
+            with _process(config, failpoint) as url, closing(GatewayLog(connect(url, signer, "ann"))) as device:
+                for _ in range(2):
+                    with suppress(TransportError):
+                        places.append(device.append(UPDATES, key=b"ann", value=b"p", headers=headers))
+        records = list(fed.log.read(UPDATES, fed.log.watermarks(UPDATES)))
+        assert [record.digest for record in records] == [records[0].digest] * 2
+        assert places == [(records[1].partition, records[1].offset)] * 2
+        fed.close()
+
+
+@contextmanager
+def _process(config: Path, failpoint: str):
+    """Run the gateway of a configuration as its command does."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "FEDNESTED_FAILPOINT": failpoint, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "services.gateway", "--config", str(config), "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None and not _answers(port):
+            time.sleep(0.05)
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _answers(port: int) -> bool:
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        return True
+    return False
 
 
 def test_what_is_kept_of_a_transfer_may_be_rotten(world, url, tmp_path):
