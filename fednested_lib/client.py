@@ -57,7 +57,7 @@ class Client:
     def start_job(self) -> None:
         """Write down what the next update is made from."""
         self.trainer.look()
-        self.trainer.begin()
+        self.trainer.start()
 
     def finish_job(self) -> None:
         """Train, spool and release the job; when stopped, leave it for the next start.
@@ -88,7 +88,7 @@ def run(config: Tier2Config, *, log: UpdateLog | None = None) -> ClientReport:
         TrainingError: the loss is not finite.
     """
     with ExitStack() as stack:
-        outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.policy.outbox_bytes))
+        outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.outgoing.outbox_bytes))
         transport = open_transport(config, log=log)
         if log is None:
             stack.enter_context(closing(transport))

@@ -23,7 +23,7 @@ from fednested_lib.blobs import BlobStore
 from fednested_lib.config import Tier2Config
 from fednested_lib.control import ControlTopic
 from fednested_lib.envelope import Digest
-from fednested_lib.errors import OutboxFull, PayloadError, StorageError, TransportError
+from fednested_lib.errors import OutboxFull, PayloadError, PolicyWait, StorageError, TransportError
 from fednested_lib.events import (
     Event,
     FederationEnd,
@@ -56,6 +56,7 @@ from fednested_lib.orders import (
 from fednested_lib.outbox import Outbox
 from fednested_lib.resend import Unnamed, queue_all
 from fednested_lib.sending import Sender
+from fednested_lib.sidecar import open_sidecar
 from fednested_lib.signing import Signer
 from fednested_lib.spool import Spool
 from fednested_lib.state import load_state, save_state
@@ -63,6 +64,7 @@ from fednested_lib.stopping import LOOK_S, wait
 from fednested_lib.transport import Transport
 
 FAREWELL_S = 20.0
+LOOK_AGAIN_S = 3600.0  # at an update that the policy lets wait
 MAX_GAP = 1 << 20  # of numbers that a trainer may leave out: it may remember what a sidecar forgot, not use them up
 
 _log = structlog.get_logger(__name__)
@@ -114,10 +116,11 @@ class SidecarLoop:
         self.blobs = BlobStore(config.home / "blobs")
         self.source = transport.source
         self.spool = Spool(config.home / "spool")
-        self.intake = Intake(config, self.spool, self.blobs, self.signer, outbox)
+        self.intake = Intake(open_sidecar(config, outbox, now=time.time()), self.spool, self.blobs)
         self.sender = Sender(config, transport, outbox, self.signer)
         self.topic = ControlTopic(transport.log, federation=config.federation, public_key=config.control.public_key)
         self.updates = 0
+        self._held = False  # by the policy: an update that waits in the spool
         self.ended: FederationEnd | None = None
         self._announced: ModelAvailable | None = None
         self._unnamed = Unnamed(outbox, config.control.resend_after_s)
@@ -311,13 +314,23 @@ class SidecarLoop:
                 self._due = (sequence, time.monotonic() + self.config.control.poll_s)
                 self.publish(pause="backlog")
                 return
+            except PolicyWait as wait:
+                self._hold(sequence, wait)
+                return
+
+    def _hold(self, sequence: int, wait: PolicyWait) -> None:
+        """Keep an update until the policy lets it leave; look again in an hour at most, whatever the clock did."""
+        left_s = LOOK_AGAIN_S if wait.not_before_s is None else wait.not_before_s - time.time()
+        self._due = (sequence, time.monotonic() + min(max(left_s, 0.0), LOOK_AGAIN_S))
+        self._held = True
+        self.publish(pause="policy")
 
     def _is_due(self, sequence: int) -> bool:
         """Tell whether an update has waited for its pace, and for room in the outbox, long enough."""
         now = time.monotonic()
         if self._due is None or self._due[0] != sequence:
             self._due = (sequence, now + self.config.training.pace_s)
-        return self.ended is not None or now >= self._due[1]
+        return now >= self._due[1] or (self.ended is not None and not self._held)
 
     def _take(self, sequence: int) -> None:
         taken = self.intake.take(sequence, self.state.models)
@@ -325,6 +338,7 @@ class SidecarLoop:
             _log.warning("sidecar.gap", sequence=sequence, expected=self.state.next_sequence)
         self._save(next_sequence=sequence + 1)
         self.updates += 1
+        self._held = False
         self.sender.tell(taken)
         self.publish(pause=None)
 
@@ -349,7 +363,8 @@ class SidecarLoop:
             return "stopped"
         if self.ended is not None:
             finished = status is not None and self._up_to_date(status) and status.job is None
-            return f"federation {self.ended.reason}" if finished or self.ended.reason == "cancelled" else None
+            done = finished or self._held or self.ended.reason == "cancelled"
+            return f"federation {self.ended.reason}" if done else None
         if most is not None and self.state.next_sequence >= most:
             return f"training.max_updates = {most} reached"
         return None

@@ -38,6 +38,7 @@ from fednested_lib.signing import Signer
 from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
 from fednested_lib.state import load_state
 from fednested_lib.telemetry import expert_tokens
+from tests.policies import pin_policy
 
 SERVER = Signer.from_seed(b"s" * 32)
 DEVICE = Signer.from_seed(b"d" * 32)
@@ -123,7 +124,7 @@ class World:
             "control": CONTROL_KEYS,
             "adapters": {"rank": 2, "alpha": 4.0},
             "training": {**training, **sections.pop("training", {})},
-            "policy": {"min_tokens_per_rank": 1, **sections.pop("policy", {})},
+            "policy": pin_policy(self.directory, **{"min_tokens_per_rank": 1, **sections.pop("policy", {})}),
             **sections,
         }
         return Tier2Config.model_validate(document)
