@@ -152,9 +152,9 @@ def device(config: Path, url: str, client: str, target: int) -> None:
     """Run one device behind `url` until it has made and sent `target` updates since it was born."""
     options = device_config(config, client, max(target, 1))
     gateway = GatewayConfig(url=url, chunk_bytes=CHUNK_BYTES, timeout_s=20)
-    policy = options.policy.model_copy(update={"encoding": "fp32"})
-    options = options.model_copy(update={"transport": "http", "gateway": gateway, "policy": policy})
-    with Outbox(options.home / "outbox", max_bytes=options.policy.outbox_bytes) as outbox:
+    outgoing = options.outgoing.model_copy(update={"encoding": "fp32"})
+    options = options.model_copy(update={"transport": "http", "gateway": gateway, "outgoing": outgoing})
+    with Outbox(options.home / "outbox", max_bytes=options.outgoing.outbox_bytes) as outbox:
         while True:
             one = Client(options, open_transport(options), outbox, lambda: False)
             one.trainer.local = RandomTrainer(options, one.trainer.spool)

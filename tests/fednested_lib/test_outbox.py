@@ -303,8 +303,7 @@ DEVICE = textwrap.dedent(
     from fednested_lib.blobs import BlobStore
     from fednested_lib.log import KafkaLog
     from fednested_lib.outbox import Outbox, drain
-    from fednested_lib.outbox_survey import read_survey
-from fednested_lib.signing import sha256_hex
+    from fednested_lib.signing import sha256_hex
 
     directory, bootstrap, topic = sys.argv[1:]
     payloads = [b"0" * 100, b"1" * 40_000, b"2" * 50_000, b"3" * 100]
