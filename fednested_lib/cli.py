@@ -160,6 +160,17 @@ def verify_audit(
     typer.echo(str(verify_audit(log, anchor=anchor, first_key=key, noted=noted and parse_anchor(noted))))
 
 
+@tier2.command("outbox")
+def outbox(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """List what waits in the outbox, what is not settled, and what was refused for good."""
+    import time
+
+    from fednested_lib.config import load_tier2
+    from fednested_lib.outbox_survey import read_survey
+
+    typer.echo(read_survey(load_tier2(config).home / "outbox").describe(now=time.time()))
+
+
 @messaging.command("bootstrap-topics")
 def bootstrap_topics(
     bootstrap: str = typer.Option("127.0.0.1:9092", envvar="FEDNESTED_KAFKA_BOOTSTRAP", help="host:port of the broker"),
