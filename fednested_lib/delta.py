@@ -215,9 +215,26 @@ def _expected(
     return expected
 
 
+def _is_one_frame(payload: bytes) -> bool:
+    """Walk the blocks of a zstd frame (RFC 8878, 3.1.1): readers skip other frames, in which anything may hide."""
+    if len(payload) < 6 or payload[:4] != b"\x28\xb5\x2f\xfd":
+        return False
+    descriptor = payload[4]
+    single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
+    at = 6 - single + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6]
+    while at + 3 <= len(payload):
+        block = int.from_bytes(payload[at : at + 3], "little")
+        at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)  # type 1 holds one byte, to be repeated
+        if block & 1:
+            return at + 4 * checksum == len(payload)
+    return False
+
+
 def _decompress(payload: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
     import cramjam
 
+    if not _is_one_frame(payload):
+        raise PayloadError("bad_frame", "payload is not one zstd frame and nothing else: no second or skippable frame")
     bound = 16 + sum(
         _HEADER_BYTES_PER_TENSOR + dtype.itemsize * int(np.prod(shape)) for dtype, shape in expected.values()
     )

@@ -258,7 +258,7 @@ class Sidecar:
         outbox: Outbox,
     ):
         self.policy, self.ledger, self.audit, self.outbox = policy, ledger, audit, outbox
-        self._who = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
+        self.identity = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
         self._encoding = encoding
 
     def release(
@@ -285,7 +285,7 @@ class Sidecar:
             base = held(declaration.base_version, declaration.base_digest)
             shapes = check_declaration(declaration, base, self.policy)
             delta = spool.delta(declaration, shapes)
-            made = make_update(declaration, delta, policy=self.policy, encoding=self._encoding, **self._who)
+            made = make_update(declaration, delta, policy=self.policy, encoding=self._encoding, **self.identity)
             self._check_made(made)
             self.ledger.fix_experts(self.policy.version, sha256_hex(canonical_json(made.envelope.expert_ids)))
             spent = self._charge(made.envelope, now)
@@ -336,7 +336,7 @@ class Sidecar:
                 tokens=1,
                 max_loss=MAX_LOSS,
                 noise_multiplier=self.policy.dp.noise_multiplier,
-                secret=self._who["signer"].secret("telemetry"),
+                secret=self.identity["signer"].secret("telemetry"),
             )
         told = {name: round(min(max(getattr(event, name), 0.0), MAX_LOSS), 3) for name in ("loss_first", "loss_last")}
         told |= {"tokens": bucket(event.tokens), "seconds": float(f"{event.seconds:.2g}")}
