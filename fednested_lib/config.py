@@ -126,6 +126,8 @@ class ScheduleConfig(Section):
     window: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
     energy: EnergyConfig | None = None
     check_s: float = Field(default=10.0, gt=0, le=3600)
+
+
 class IsolationConfig(Section):
     """Users that trainer and sidecar run as when `run-client` starts as root; the least isolation that will do."""
 

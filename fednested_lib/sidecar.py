@@ -60,12 +60,14 @@ def norm(delta: Delta) -> float:
     Raises:
         PayloadError: reason ``non_finite``.
     """
-    for name, factors in delta.factors.items():
-        if not (np.isfinite(factors.lora_a).all() and np.isfinite(factors.lora_b).all()):
+    with np.errstate(invalid="ignore", over="ignore"):
+        squares = {name: squared_norm(each, delta.spec.scale).sum() for name, each in delta.factors.items()}
+    for name, square in squares.items():
+        if not np.isfinite(square):  # every factor is in it, and finite fp32 numbers do not overflow it
             raise PayloadError(
                 "non_finite", f"{name} has NaN or infinite factors: the update stays here; lower training.learning_rate"
             )
-    return math.sqrt(sum(float(squared_norm(factors, delta.spec.scale).sum()) for factors in delta.factors.values()))
+    return math.sqrt(sum(map(float, squares.values())))
 
 
 def withhold(delta: Delta, kept: Mapping[int, tuple[bool, ...]]) -> Delta:
