@@ -77,6 +77,18 @@ def run_client(config: Path = typer.Option(..., "--config", help="tier2.yaml")) 
     typer.echo(f"stopped: {report}")
 
 
+@tier2.command("forget-experts")
+def forget_experts(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """End the period of the chosen experts (`adapters.experts: auto`): the next update chooses anew."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.expert_choice import choice_path
+
+    path = choice_path(load_tier2(config).home)
+    existed = path.exists()
+    path.unlink(missing_ok=True)
+    typer.echo(f"removed {path}" if existed else f"nothing to forget: there is no {path}")
+
+
 @messaging.command("bootstrap-topics")
 def bootstrap_topics(
     bootstrap: str = typer.Option("127.0.0.1:9092", envvar="FEDNESTED_KAFKA_BOOTSTRAP", help="host:port of the broker"),

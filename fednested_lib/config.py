@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fednested_lib.delta import Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
@@ -44,16 +44,37 @@ class ModelConfig(Section):
     frozen: Frozen = "fp32"
 
 
+class BudgetConfig(Section):
+    """How many experts a device chooses for itself: `experts` per layer, or `megabytes` of fp32 factors in all."""
+
+    experts: int | None = Field(default=None, ge=1, le=1 << 16)
+    megabytes: float | None = Field(default=None, gt=0, le=1e6)
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetConfig:
+        if (self.experts is None) == (self.megabytes is None):
+            raise ValueError("give either experts (per layer) or megabytes")
+        return self
+
+
 class AdaptersConfig(Section):
     """Low-rank adapters: `experts` lists the expert ids adapted in every layer, null means all.
 
+    `experts: auto` chooses those that the device's own text is routed to most, within `budget` (`expert_choice.py`).
     `mode` is `lora` (A and B are trained and sent) or `fixed_a` (B alone; A follows from the base version's digest).
     """
 
     mode: Mode = "lora"
     rank: int = Field(default=8, ge=1, le=256)
     alpha: float = Field(default=16.0, gt=0, le=1e6)
-    experts: list[Annotated[int, Field(ge=0)]] | None = None
+    experts: list[Annotated[int, Field(ge=0)]] | Literal["auto"] | None = None
+    budget: BudgetConfig | None = None
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> AdaptersConfig:
+        if (self.experts == "auto") != (self.budget is not None):
+            raise ValueError("experts: auto needs a budget, and nothing else has one")
+        return self
 
 
 class LocalTrainingConfig(Section):

@@ -22,6 +22,7 @@ from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
 from fednested_lib.envelope import Digest
+from fednested_lib.expert_choice import choice_path, kept_choice
 from fednested_lib.failpoints import failpoint
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.partition import expert_param
@@ -184,11 +185,25 @@ class LocalTrainer:
         how = self.config.adapters
         seed = seed_of(model.base_digest) if how.mode == "fixed_a" else None
         spec = AdapterSpec(rank=how.rank, alpha=how.alpha, mode=how.mode, seed=seed)
-        layers = sorted({expert_param(name)[0] for name in expert_shapes(manifest)})
-        chosen = None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))
-        self._adapters = attach(self._model, spec, chosen, seed=0)
+        self._adapters = attach(self._model, spec, self._experts(manifest), seed=0)
         self._heldout_before = self._heldout_loss()
         self._snapshot = model.snapshot
+
+    def _experts(self, manifest: SnapshotManifest) -> dict[int, tuple[int, ...]] | None:
+        how, shapes = self.config.adapters, expert_shapes(manifest)
+        if how.experts == "auto":
+            return kept_choice(
+                choice_path(self.config.home),
+                self._model,
+                self._rows["data"],
+                how.budget,
+                rank=how.rank,
+                min_distinct=self.config.policy.min_tokens_per_rank * how.rank,
+                shapes=shapes,
+                base_version=manifest.version,
+            ).layers()
+        layers = sorted({expert_param(name)[0] for name in shapes})
+        return None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))
 
     def _pack(self, manifest: SnapshotManifest) -> dict[str, np.ndarray]:
         tokenizer = load_tokenizer(self.blobs.get(manifest.tokenizer))
