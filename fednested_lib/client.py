@@ -13,6 +13,7 @@ store that does not answer is waited for, except at the very first start, when t
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -29,7 +30,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.config import Tier2Config
 from fednested_lib.envelope import Envelope
-from fednested_lib.errors import ContractError, LogError, SnapshotError, StorageError, TransportError
+from fednested_lib.errors import (
+    ContractError,
+    LogError,
+    PayloadError,
+    PolicyWait,
+    SnapshotError,
+    StorageError,
+    TransportError,
+)
 from fednested_lib.events import (
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -45,9 +54,9 @@ from fednested_lib.failpoints import failpoint
 from fednested_lib.local_update import Interrupted, Job, LocalReport, LocalTrainer, Model
 from fednested_lib.log import CONTROL, TELEMETRY, UpdateLog
 from fednested_lib.outbox import Outbox, drain
-from fednested_lib.sidecar import release
+from fednested_lib.sidecar import open_sidecar
 from fednested_lib.signing import Signer, canonical_json
-from fednested_lib.snapshot import SnapshotManifest, expert_shapes, fetch, prune
+from fednested_lib.snapshot import SnapshotManifest, fetch, prune
 from fednested_lib.spool import Spool
 from fednested_lib.text import require_text
 
@@ -117,6 +126,7 @@ class Client:
         require_text(config.data)  # a device without text fails here, not after a download
         self.config, self.log, self.outbox, self.stopped = config, log, outbox, stopped
         self.signer = Signer.load(config.key)
+        self.sidecar = open_sidecar(config, outbox, now=time.time())
         self.blobs = BlobStore(config.home / "blobs")
         self.source = BlobStore(config.blobs_uri)
         self.spool = Spool(config.home / "spool")
@@ -131,6 +141,7 @@ class Client:
         self._telemetry: list[TrainingTelemetry] = []
         self._jitter = random.Random()
         self._updates = 0
+        self._not_before_s = 0.0  # of the job that the policy lets wait
         last = outbox.last_sequence()
         if last is not None and last >= self.state.next_sequence and self.state.job is None:
             # A lost state file must not make this device use a number twice.
@@ -142,7 +153,7 @@ class Client:
             self._online(self.follow)
             if self.state.job is None and self._may_start():
                 self.start_job()
-            if self.state.job is not None and not self.stopped() and not self._cancelled():
+            if self._may_finish():
                 self.finish_job()
             self._online(self.send)
             reason = self._reason_to_stop()
@@ -279,9 +290,10 @@ class Client:
     def finish_job(self) -> None:
         """Train, release and tick off the job, as far as that was not done; when stopped, leave it for the next start.
 
+        An update that the policy refuses for good is dropped and its number with it; one that it lets wait stays.
+
         Raises:
             TrainingError: the loss is not finite.
-            PayloadError: the update is not fit to leave.
         """
         job = self.state.job
         last = self.outbox.last_sequence()
@@ -293,7 +305,13 @@ class Client:
             self._wait(self.config.training.pace_s, until=lambda: self._ended is not None)
             if self.stopped():
                 return
-            self._release(job, report)
+            try:
+                self._release(job, report)
+            except PolicyWait as wait:
+                self._not_before_s = math.inf if wait.not_before_s is None else wait.not_before_s
+                return
+            except PayloadError:
+                _log.warning("client.update_dropped", sequence=job.sequence)
         self.spool.remove(job.sequence)
         same_model = self.state.model is not None and self.state.model.snapshot == job.model.snapshot
         self._save(
@@ -316,18 +334,8 @@ class Client:
 
     def _release(self, job: Job, report: LocalReport | None) -> None:
         manifest = SnapshotManifest.from_json(self.blobs.get(job.model.snapshot))
-        declaration, delta = self.spool.read(job.sequence, expert_shapes(manifest))
         config = self.config
-        envelope = release(
-            declaration,
-            delta,
-            policy=config.policy,
-            federation=config.federation,
-            client_id=config.client_id,
-            key_epoch=config.key_epoch,
-            signer=self.signer,
-            outbox=self.outbox,
-        )
+        envelope = self.sidecar.release(self.spool, job.sequence, base=manifest, now=time.time())
         failpoint("client.after_outbox")
         if report is not None:
             self._telemetry.append(
@@ -378,6 +386,14 @@ class Client:
             and (how.max_updates is None or state.next_sequence < how.max_updates)
             and self._ended is None
             and not self.stopped()
+        )
+
+    def _may_finish(self) -> bool:
+        return (
+            self.state.job is not None
+            and time.time() >= self._not_before_s
+            and not self.stopped()
+            and not self._cancelled()
         )
 
     def _cancelled(self) -> bool:
@@ -458,7 +474,7 @@ def run(config: Tier2Config, *, log: UpdateLog | None = None) -> ClientReport:
     from fednested_lib.kafka_log import KafkaLog
 
     with ExitStack() as stack:
-        outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.policy.outbox_bytes))
+        outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.outgoing.outbox_bytes))
         if log is None:
             log = stack.enter_context(closing(KafkaLog(config.log.servers(), timeout_s=config.log.timeout_s)))
         stopped = stack.enter_context(_sigterm())

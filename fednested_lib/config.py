@@ -90,13 +90,24 @@ class LocalTrainingConfig(Section):
     pace_s: float = Field(default=0.0, ge=0, le=86_400)
 
 
-class ExportPolicyConfig(Section):
-    """What may leave: distinct-token floor per expert as a multiple of the rank, norm bound, encoding."""
+class PolicyConfig(Section):
+    """What may leave is in a file of its own (`policy.py`), signed by the key that is pinned here."""
 
-    min_tokens_per_rank: int = Field(default=4, ge=1, le=1000)
-    max_norm: float = Field(default=50.0, gt=0, le=1e12)
+    file: Path
+    public_key: PublicKey
+
+
+class OutgoingConfig(Section):
+    """How it leaves, within the policy: encoding, room for updates that nobody confirmed yet."""
+
     encoding: Encoding = "int8"
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
+
+
+class AuditConfig(Section):
+    """Where the audit log's anchor and first key lie, apart from the log; null: `anchor` in the device's home."""
+
+    anchor: Path | None = None
 
 
 class ControlConfig(Section):
@@ -124,7 +135,9 @@ class Tier2Config(Section):
     model: ModelConfig = ModelConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     training: LocalTrainingConfig = LocalTrainingConfig()
-    policy: ExportPolicyConfig = ExportPolicyConfig()
+    policy: PolicyConfig
+    outgoing: OutgoingConfig = OutgoingConfig()
+    audit: AuditConfig = AuditConfig()
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -139,7 +152,7 @@ def load_yaml(path: str | os.PathLike, model: type[Model], *, command: str) -> M
         command: the command that writes a valid example, named as the remedy.
 
     Raises:
-        ConfigError: missing file, not YAML, a key twice, unknown key, wrong type or value.
+        ConfigError: the file is missing or unreadable, and as `parse_document`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -147,6 +160,21 @@ def load_yaml(path: str | os.PathLike, model: type[Model], *, command: str) -> M
         raise ConfigError(f"config file {path} does not exist: write one with `{command}`") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}): it must be UTF-8 YAML") from error
+    return parse_document(text, path, model, command=command)
+
+
+def parse_document(text: str, path: str | os.PathLike, model: type[Model], *, command: str) -> Model:
+    """Parse the text of one YAML document into a strict model.
+
+    Args:
+        text: of the file.
+        path: where it was read, for messages.
+        model: pydantic class that describes it.
+        command: as for `load_yaml`.
+
+    Raises:
+        ConfigError: not YAML, a key twice, unknown key, wrong type or value.
+    """
     document = _parse_yaml(text, path, command)
     if not isinstance(document, dict):
         raise ConfigError(
@@ -231,6 +259,9 @@ def load_tier2(path: str | os.PathLike) -> Tier2Config:
     paths = {name: base / getattr(config, name) for name in ("key", "home", "data")}
     if config.heldout is not None:
         paths["heldout"] = base / config.heldout
+    paths["policy"] = config.policy.model_copy(update={"file": base / config.policy.file})
+    if config.audit.anchor is not None:
+        paths["audit"] = AuditConfig(anchor=base / config.audit.anchor)
     uris = {name: resolve_uri(getattr(config, name), base) for name in ("blobs_uri", "payloads_uri")}
     return config.model_copy(update={**paths, **uris})
 
@@ -256,5 +287,8 @@ control:
   public_key: ""            # 64 hex digits: tier 1's public key (identity.pub); events of others are ignored
 adapters: {{rank: 8, alpha: 16.0, experts: null}}
 training: {{steps: 20, batch_size: 4, seq_len: 96, learning_rate: 0.004}}
-policy: {{min_tokens_per_rank: 4, max_norm: 50.0, encoding: int8}}
+policy:
+  file: policy.yaml             # what may leave; signed
+  public_key: "{policy_key}"
+outgoing: {{encoding: int8}}
 """

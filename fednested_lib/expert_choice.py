@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SAMPLE_TOKENS = 16_384  # of a profile: enough to rank experts, a few seconds on a small device
+DISTINCT_PER_RANK = 4  # below this × rank an expert is withheld by every policy that keeps to the default
 _REMEDY = "run `fednested tier2 forget-experts --config …` to choose anew"
 _Counts = dict[Layer, list[int]]
 

@@ -22,7 +22,7 @@ from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
 from fednested_lib.envelope import Digest
-from fednested_lib.expert_choice import choice_path, kept_choice
+from fednested_lib.expert_choice import DISTINCT_PER_RANK, choice_path, kept_choice
 from fednested_lib.failpoints import failpoint
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.partition import expert_param
@@ -198,7 +198,7 @@ class LocalTrainer:
                 self._rows["data"],
                 how.budget,
                 rank=how.rank,
-                min_distinct=self.config.policy.min_tokens_per_rank * how.rank,
+                min_distinct=DISTINCT_PER_RANK * how.rank,
                 shapes=shapes,
                 base_version=manifest.version,
             ).layers()

@@ -262,7 +262,7 @@ class Outbox:
         if used + payload_bytes > self.max_bytes:
             raise StorageError(
                 f"outbox {self.directory} holds {used} of {self.max_bytes} bytes and cannot take {payload_bytes} more: "
-                "let it send and wait for receipts, or raise policy.outbox_bytes"
+                "let it send and wait for receipts, or raise outgoing.outbox_bytes"
             )
 
     def _sweep(self) -> None:

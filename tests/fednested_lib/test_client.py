@@ -33,6 +33,7 @@ from fednested_lib.log import CONTROL, TELEMETRY, TOPICS, UPDATES, InMemoryLog
 from fednested_lib.outbox import Outbox
 from fednested_lib.signing import Signer
 from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
+from tests.policies import pin_policy
 
 SERVER = Signer.from_seed(b"s" * 32)
 DEVICE = Signer.from_seed(b"d" * 32)
@@ -104,7 +105,7 @@ class World:
             "control": CONTROL_KEYS,
             "adapters": {"rank": 2, "alpha": 4.0},
             "training": {**training, **sections.pop("training", {})},
-            "policy": {"min_tokens_per_rank": 1, **sections.pop("policy", {})},
+            "policy": pin_policy(self.directory, **{"min_tokens_per_rank": 1, **sections.pop("policy", {})}),
             **sections,
         }
         return Tier2Config.model_validate(document)
