@@ -98,9 +98,11 @@ class PolicyConfig(Section):
 
 
 class OutgoingConfig(Section):
-    """How it leaves, within the policy: encoding, room for updates that nobody confirmed yet."""
+    """How it leaves, within the policy: encoding, rank, error feedback, room for updates that nobody confirmed yet."""
 
     encoding: Encoding = "int8"
+    rank: int | None = Field(default=None, ge=1, le=256)
+    error_feedback: bool = False
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
 
 

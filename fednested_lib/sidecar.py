@@ -6,6 +6,7 @@ It never passes on what the trainer wrote; it makes it anew, in this order:
     withhold   experts that saw fewer than 4·r distinct tokens go out as zeros with tokens = 0   (their rows are
                recoverable below r distinct tokens; absence itself would tell the routing)
     clip       ΔW ← ΔW · min(1, C/‖ΔW‖_F) over all experts, by the Gram identity, never dense
+    truncate   to `outgoing.rank`, if one is given; what this and rounding take may go into the next update of the base
     round      int8, unbiased, seeded by HMAC(device key, sequence, digest): a restarted device emits the same bytes,
                and the trainer, who has no key, cannot foresee them
     bucket     token and example counts down to powers of two
@@ -31,11 +32,12 @@ import numpy as np
 import structlog
 
 from fednested_lib.audit import AuditLog, Decision
-from fednested_lib.config import Tier2Config
-from fednested_lib.delta import AdapterSpec, Delta, Encoding, ExpertFactors, encode, squared_norm
+from fednested_lib.config import OutgoingConfig, Tier2Config
+from fednested_lib.delta import AdapterSpec, Delta, Encoding, ExpertFactors, squared_norm
 from fednested_lib.envelope import INLINE_LIMIT_BYTES, Envelope, bucket, make_envelope
 from fednested_lib.errors import ConfigError, PayloadError, PolicyRefused, PolicyWait
 from fednested_lib.failpoints import failpoint
+from fednested_lib.feedback import FEEDBACK_MAX_RANK, Residuals, joined, squeeze
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.ledger import Charge, Ledger
 from fednested_lib.log import UPDATES
@@ -115,6 +117,7 @@ class Outgoing:
     experts: int
     withheld: int
     norm: float
+    residual: Delta | None  # what rounding and truncation took, with error feedback
 
 
 def make_update(
@@ -123,12 +126,17 @@ def make_update(
     *,
     policy: Policy,
     encoding: Encoding,
+    rank: int | None = None,
+    error_feedback: bool = False,
+    carried: Delta | None = None,
     federation: str,
     client_id: str,
     key_epoch: int,
     signer: Signer,
 ) -> Outgoing:
     """Make the outgoing envelope and payload of a spooled update; equal arguments give equal bytes.
+
+    `rank` bounds that of what leaves, `carried` is what earlier updates of the base lost (`feedback.py`).
 
     Raises:
         PayloadError: a factor is not finite.
@@ -140,7 +148,8 @@ def make_update(
         layer: [bucket(n) if keep else 0 for n, keep in zip(counts, kept[int(layer)], strict=True)]
         for layer, counts in declaration.routed_tokens.items()
     }
-    outgoing = clip(withhold(delta, kept), policy.max_norm)
+    due = delta if carried is None else joined(delta, carried)
+    outgoing = clip(withhold(due, kept), policy.max_norm)
     seed = rounding_seed(
         signer.secret("rounding"),
         client_id=client_id,
@@ -148,7 +157,9 @@ def make_update(
         sequence=declaration.sequence,
         factors_sha256=declaration.factors_sha256,
     )
-    payload = encode(outgoing, encoding=encoding, seed=seed)
+    most = min(rank or declaration.adapter.rank, declaration.adapter.rank)
+    squeezed = squeeze(outgoing, rank=most, encoding=encoding, seed=seed, feedback=error_feedback)
+    payload, spec = squeezed.payload, squeezed.spec
     digest = sha256_hex(payload)
     envelope = make_envelope(
         signer,
@@ -158,7 +169,7 @@ def make_update(
         sequence=declaration.sequence,
         base_version=declaration.base_version,
         base_digest=declaration.base_digest,
-        adapter=declaration.adapter.model_dump(),
+        adapter={"rank": spec.rank, "alpha": spec.alpha, "mode": spec.mode, "seed": spec.seed},
         expert_ids={layer: list(ids) for layer, ids in declaration.expert_ids.items()},
         tokens=tokens,
         num_examples=bucket(declaration.num_examples),
@@ -173,6 +184,7 @@ def make_update(
         experts=sum(map(len, kept.values())),
         withheld=sum(not keep for layer in kept.values() for keep in layer),
         norm=norm(outgoing),
+        residual=squeezed.residual,
     )
 
 
@@ -207,7 +219,7 @@ class Sidecar:
 
     Args:
         policy: verified.
-        encoding: of what leaves; one that the policy lists.
+        outgoing: how it leaves; of an encoding that the policy lists.
         federation: that updates are for.
         client_id: this device.
         key_epoch: number of its key.
@@ -215,13 +227,14 @@ class Sidecar:
         ledger: of what left before.
         audit: log of decisions.
         outbox: durable queue to the log.
+        residuals: what earlier updates lost.
     """
 
     def __init__(
         self,
         *,
         policy: Policy,
-        encoding: Encoding,
+        outgoing: OutgoingConfig,
         federation: str,
         client_id: str,
         key_epoch: int,
@@ -229,10 +242,11 @@ class Sidecar:
         ledger: Ledger,
         audit: AuditLog,
         outbox: Outbox,
+        residuals: Residuals,
     ):
         self.policy, self.ledger, self.audit, self.outbox = policy, ledger, audit, outbox
         self._who = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
-        self._encoding = encoding
+        self._outgoing, self.residuals = outgoing, residuals
 
     def release(self, spool: Spool, sequence: int, *, base: SnapshotManifest, now: float) -> Envelope:
         """Re-make a spooled update under the policy and put it into the outbox; doing it again changes nothing.
@@ -251,7 +265,7 @@ class Sidecar:
         with self._recorded(sequence, now):
             declaration, delta = spool.read(sequence, expert_shapes(base))
             check_declaration(declaration, base, self.policy)
-            made = make_update(declaration, delta, policy=self.policy, encoding=self._encoding, **self._who)
+            made = self._make(declaration, delta)
             self._check_made(made)
             self.ledger.fix_experts(self.policy.version, sha256_hex(canonical_json(made.envelope.expert_ids)))
             spent = self._charge(made.envelope, now)
@@ -272,6 +286,8 @@ class Sidecar:
             )
         )
         failpoint("sidecar.after_audit")
+        if made.residual is not None:  # before the update is queued: it is never made again once it is
+            self.residuals.keep(sequence, envelope.base_digest, made.residual)
         self.outbox.put(
             sequence=sequence,
             update_id=envelope.update_id,
@@ -294,6 +310,21 @@ class Sidecar:
     def close(self) -> None:
         """Let go of the ledger."""
         self.ledger.close()
+
+    def _make(self, declaration: Declaration, delta: Delta) -> Outgoing:
+        how, carried = self._outgoing, None
+        if how.error_feedback:
+            carried = self.residuals.carried(declaration.sequence, declaration.base_digest, delta)
+        return make_update(
+            declaration,
+            delta,
+            policy=self.policy,
+            encoding=how.encoding,
+            rank=how.rank,
+            error_feedback=how.error_feedback,
+            carried=carried,
+            **self._who,
+        )
 
     def _check_made(self, made: Outgoing) -> None:
         sequence = made.envelope.sequence
@@ -363,7 +394,7 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
         audit.append(Decision(decision="policy", time_s=now, policy_version=policy.version))
     return Sidecar(
         policy=policy,
-        encoding=config.outgoing.encoding,
+        outgoing=config.outgoing,
         federation=config.federation,
         client_id=config.client_id,
         key_epoch=config.key_epoch,
@@ -371,6 +402,7 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
         ledger=ledger,
         audit=audit,
         outbox=outbox,
+        residuals=Residuals(config.home / "sidecar" / "residuals"),
     )
 
 
@@ -389,6 +421,16 @@ def _check_config(policy: Policy, config: Tier2Config) -> None:
         raise ConfigError(
             f"outgoing.encoding = {config.outgoing.encoding} is not among encodings {', '.join(policy.encodings)} of "
             f"policy {policy.version}: choose one of them, or sign a policy that lists it"
+        )
+    if config.outgoing.error_feedback and policy.dp != "off":
+        raise ConfigError(
+            f"outgoing.error_feedback = true under policy {policy.version} with differential privacy, whose noise the "
+            "next update would take back: set it to false"
+        )
+    if config.outgoing.error_feedback and config.adapters.rank > FEEDBACK_MAX_RANK:
+        raise ConfigError(
+            f"adapters.rank with outgoing.error_feedback must be 1..{FEEDBACK_MAX_RANK}, got {config.adapters.rank}: "
+            "lower it, or set error_feedback to false"
         )
     how = config.adapters
     try:
