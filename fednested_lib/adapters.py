@@ -272,6 +272,16 @@ class RoutedAdapters:
         for adapter in self._layers:
             adapter.reset(seed)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what training changes, by name: factors and counters, the tensors themselves."""
+        state = {}
+        for adapter in self._layers:
+            state |= {f"{adapter.layer}.routed": adapter.routed_n, f"{adapter.layer}.seen": adapter.seen_nv}
+            for projection, factors in adapter.factors.items():
+                for name, factor in zip("ab", factors, strict=True):
+                    state[f"{adapter.layer}.{projection}.{name}"] = factor.data
+        return state
+
     def to_delta(self) -> Delta:
         """Return what was learnt since the last reset (B started at zero, so it is local − snapshot)."""
         rank = self.spec.rank
