@@ -53,8 +53,9 @@ RANDOM, DONE = "random", "done"
 FAILPOINTS = {
     "device": (
         *("outbox.after_file", "outbox.after_row", "outbox.after_blob", "outbox.after_append", "outbox.after_mark"),
-        *("outbox.after_confirm", "client.after_fetch", "client.after_state", "client.after_spool"),
-        *("client.after_outbox", "client.after_send", "client.after_training", "durable.before_rename"),
+        *("outbox.after_confirm", "sidecar.after_fetch", "sidecar.after_orders", "sidecar.after_release"),
+        *("sidecar.after_send", "trainer.after_job", "trainer.after_status", "trainer.after_training"),
+        *("trainer.after_spool", "trainer.after_removal", "durable.before_rename"),
         *("sidecar.after_charge", "sidecar.after_audit", "audit.after_line", "audit.after_key"),
     ),
     "aggregator": (
@@ -68,7 +69,7 @@ FAILPOINTS = {
 }
 # Failpoints that no role of the campaign passes: why, and who kills there.
 ELSEWHERE = {
-    "client.after_send_again": "no log is lost here: tests/e2e/test_log_loss.py",
+    "sidecar.after_send_again": "no log is lost here: tests/e2e/test_log_loss.py",
     "resend.after_publish": "no log is lost here: tests/e2e/test_log_loss.py",
     "decide.after_append": "heads are approved past `decide`: tests/e2e/tier1_process.py",
     "registry.after_register": "no registry is kept: tests/e2e/tier1_process.py",

@@ -206,10 +206,8 @@ class AuditLog:
             )
         if not first.exists():
             create_exclusive(first, secrets.token_hex(32).encode() + b"\n")
-            first.chmod(0o600)
         key = _Key(count=0, size_bytes=0, key=_first_key(first).hex(), mac=_START)
         write_durable(self._key_path, canonical_json(key.model_dump()))
-        self._key_path.chmod(0o600)
 
     def _recover(self) -> Decision | None:
         """Return the last decision; finish what a crash left between line, key and anchor."""
@@ -285,25 +283,27 @@ def parse_anchor(text: str) -> Anchor:
         raise AuditError(f"anchor must be COUNT:MAC as `audit verify` prints it, got {text[:80]!r}") from None
 
 
-def verify_audit(log: Path, *, anchor: Path, first_key: Path, printed: Anchor | None = None) -> AuditReport:
-    """Check every record of a log, and its length against the anchor.
+def verify_audit(
+    directory: Path, *, anchor: Path, first_key: Path | None = None, noted: Anchor | None = None
+) -> AuditReport:
+    """Check every record of a log, and its length against the writer's key and the anchor.
 
     Args:
-        log: `log.jsonl`.
-        anchor: `anchor.json` as kept now.
-        first_key: A_0, wherever it was carried.
-        printed: an anchor that was noted down earlier, which the log must contain.
+        directory: of the log.
+        anchor: directory of the anchor.
+        first_key: A_0, wherever it was carried; default: beside the anchor.
+        noted: an anchor that was noted down earlier, which the log must contain.
 
     Raises:
         AuditError: which record is wrong and how, or by how much the log is short.
     """
-    kept = _load_anchor(anchor)
+    log, kept, writer = directory / "log.jsonl", _load_anchor(anchor / "anchor.json"), _load_key(directory / "key.json")
     if kept is None:
-        raise AuditError(f"audit anchor {anchor} is missing: restore it; without one a shortened log looks whole")
+        raise AuditError(f"audit anchor in {anchor} is missing: restore it; without one a shortened log looks whole")
     lines, torn = _lines(log)
-    macs = _check_chain(log, lines, _first_key(first_key))
+    macs = _check_chain(log, lines, _first_key(first_key or anchor / "first.key"))
     count = len(lines)
-    for name, each in (("anchor", kept), ("noted anchor", printed)):
+    for name, each in (("writer's key", writer), ("anchor", kept), ("noted anchor", noted)):
         if each is not None and each.count > count:
             raise AuditError(f"audit log {log} has {count} records, its {name} {each.count}: the end was cut off")
         if each is not None and macs[each.count] != each.mac:
@@ -350,6 +350,14 @@ def _first_key(path: Path) -> bytes:
     if len(key) != 32:
         raise AuditError(f"first audit key {path} must be 64 hex digits: restore it")
     return key
+
+
+def _load_key(path: Path) -> Anchor:
+    try:
+        key = _Key.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise AuditError(f"audit key {path} is missing, unreadable or was edited: restore it") from None
+    return Anchor(count=key.count, mac=key.mac)
 
 
 def _load_anchor(path: Path) -> Anchor | None:

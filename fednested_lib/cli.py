@@ -137,13 +137,7 @@ def verify_audit(
     from fednested_lib.sidecar import audit_places
 
     log, anchor = audit_places(load_tier2(config))
-    report = verify_audit(
-        log / "log.jsonl",
-        anchor=anchor / "anchor.json",
-        first_key=key or anchor / "first.key",
-        printed=None if noted is None else parse_anchor(noted),
-    )
-    typer.echo(str(report))
+    typer.echo(str(verify_audit(log, anchor=anchor, first_key=key, noted=noted and parse_anchor(noted))))
 
 
 @messaging.command("bootstrap-topics")

@@ -82,6 +82,8 @@ class LocalTrainingConfig(Section):
 
     steps: int = Field(default=20, ge=2, le=100_000)
     batch_size: int = Field(default=4, ge=1, le=4096)
+    micro_batch_size: int | None = Field(default=None, ge=1, le=4096)
+    checkpoint_every: int | None = Field(default=None, ge=1, le=100_000)
     seq_len: int = Field(default=96, ge=8, le=8192)
     learning_rate: float = Field(default=4e-3, gt=0, le=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -107,7 +109,7 @@ class OutgoingConfig(Section):
 
 
 class AuditConfig(Section):
-    """Where the audit log's anchor and first key lie, apart from the log; null: `anchor` in the device's home."""
+    """Where the audit log's anchor and first key lie, apart from the log; null: `sidecar/anchor` in the home."""
 
     anchor: Path | None = None
 

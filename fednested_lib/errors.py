@@ -11,6 +11,7 @@
     │   └── SnapshotError                 a missing or corrupt blob
     ├── TransportError                5   a server or store cannot be reached (recoverable: try again)
     ├── StorageError                  6   full disk, missing permission
+    │   └── OutboxFull                    no room for another update (recoverable: wait for receipts)
     ├── LogError                      7   the update log lost or re-used offsets
     ├── ChainError                    8
     │   ├── ChainConflict                 another committer was first (recoverable: fold again on the new head)
@@ -91,6 +92,10 @@ class StorageError(FednestedError):
     """The file system refuses: disk full, no permission."""
 
     exit_code = 6
+
+
+class OutboxFull(StorageError):
+    """The outbox keeps as many bytes as it may; receipts make room."""
 
 
 class LogError(FednestedError):

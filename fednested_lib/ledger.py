@@ -3,21 +3,22 @@
     day      Σ bytes and number of releases within the last 86 400 s           (sliding: exact for any 24 hours)
     ε        z = (Σ_i 1/z_i²)^(−½) over all releases ever, ε = ε(z, δ)           (Gaussian mechanisms compose so)
 
-A release is one row, written before anything else happens to it (SQLite, WAL, synchronous=FULL) and keyed by key epoch
-and sequence number, so that doing it again after a crash costs nothing twice. Rows are never removed. Time is an
-argument; rows from the future, which a clock set back leaves, are dated to now: they count for a whole day again.
+A release is one row, written before anything else happens to it (SQLite, WAL, synchronous=FULL) and keyed by its bytes'
+digest, so that doing it again after a crash costs nothing twice, and what a new policy makes of the same update costs
+anew. Rows are never removed. Time is an argument; rows from the future, which a clock set back leaves, are dated to
+now: they count for a whole day again.
 """
 
 from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fednested_lib.errors import ConfigError, PolicyRefused, PolicyWait, StorageError
 from fednested_lib.policy import Policy
+from fednested_lib.privacy import epsilon
 
 DAY_S = 86_400.0
 
@@ -27,14 +28,11 @@ CREATE TABLE IF NOT EXISTS policy(
 );
 CREATE TABLE IF NOT EXISTS experts(policy_version INTEGER PRIMARY KEY, digest TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS releases(
-  key_epoch INTEGER NOT NULL,
-  sequence INTEGER NOT NULL,
-  payload_sha256 TEXT NOT NULL,
+  payload_sha256 TEXT PRIMARY KEY,
   payload_bytes INTEGER NOT NULL,
   inverse_z2 REAL NOT NULL,
   policy_version INTEGER NOT NULL,
-  released_s REAL NOT NULL,
-  PRIMARY KEY(key_epoch, sequence)
+  released_s REAL NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_time ON releases(released_s);
 """
@@ -44,7 +42,6 @@ CREATE INDEX IF NOT EXISTS by_time ON releases(released_s);
 class Charge:
     """What one update costs: bytes, and 1/z² of its noise (0 without DP)."""
 
-    key_epoch: int
     sequence: int
     payload_sha256: str
     payload_bytes: int
@@ -80,14 +77,14 @@ class Ledger:
             ConfigError: a newer one was obeyed before, or another one of the same version.
         """
         known = self._execute("SELECT version, digest FROM policy").fetchone()
-        if known is not None and (
-            policy.version < known[0] or (policy.version == known[0]) != (policy.digest == known[1])
-        ):
+        version, digest = known or (0, "")
+        if policy.version < version or (policy.version == version and policy.digest != digest):
+            how = "older than" if policy.version < version else "not the same as"
             raise ConfigError(
-                f"policy version {policy.version} is older than version {known[0]}, which this device obeyed, or has "
-                f"other rules under the same number: raise `version` above {known[0]} and sign it anew"
+                f"policy version {policy.version} is {how} the version {version} that this device obeyed: raise its "
+                f"`version` above {version} and sign it anew"
             )
-        if known is not None and known[0] == policy.version:
+        if policy.version == version:
             return False
         self._execute("INSERT OR REPLACE INTO policy VALUES (1, ?, ?)", (policy.version, policy.digest))
         return True
@@ -107,13 +104,12 @@ class Ledger:
                 "experts change with the data must not be seen; sign a policy with a higher version to change them",
             )
 
-    def charge(self, charge: Charge, policy: Policy, *, epsilon: Callable[[float], float], now: float) -> float:
+    def charge(self, charge: Charge, policy: Policy, *, now: float) -> float:
         """Book a release, unless a budget is spent; the same one again is booked already.
 
         Args:
             charge: what it costs.
             policy: its bounds.
-            epsilon: z → ε at the policy's δ.
             now: seconds since the epoch.
 
         Returns:
@@ -123,12 +119,9 @@ class Ledger:
             PolicyWait: reason ``min_interval``, ``updates_per_day``, ``bytes_per_day`` or ``epsilon_total``.
         """
         self._execute("UPDATE releases SET released_s = ? WHERE released_s > ?", (now, now))
-        key = (charge.key_epoch, charge.sequence)
-        known = self._execute(
-            "SELECT payload_sha256 FROM releases WHERE key_epoch = ? AND sequence = ?", key
-        ).fetchone()
-        spent = self._epsilon(charge, epsilon)
-        if known is not None and known[0] == charge.payload_sha256:
+        known = self._execute("SELECT 1 FROM releases WHERE payload_sha256 = ?", (charge.payload_sha256,)).fetchone()
+        spent = 0.0 if policy.dp == "off" else self._epsilon(charge, policy.dp.delta)
+        if known is not None:
             return spent
         self._check_rate(charge, policy, now)
         if policy.dp != "off" and spent > policy.dp.epsilon_total:
@@ -139,8 +132,8 @@ class Ledger:
                 not_before_s=None,
             )
         self._execute(
-            "INSERT OR REPLACE INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (*key, charge.payload_sha256, charge.payload_bytes, charge.inverse_z2, policy.version, now),
+            "INSERT INTO releases VALUES (?, ?, ?, ?, ?)",
+            (charge.payload_sha256, charge.payload_bytes, charge.inverse_z2, policy.version, now),
         )
         return spent
 
@@ -149,19 +142,17 @@ class Ledger:
         if self._database is not None:
             self._database.close()
 
-    def _epsilon(self, charge: Charge, epsilon: Callable[[float], float]) -> float:
+    def _epsilon(self, charge: Charge, delta: float) -> float:
         (before,) = self._execute(
-            "SELECT coalesce(sum(inverse_z2), 0) FROM releases WHERE NOT (key_epoch = ? AND sequence = ?)",
-            (charge.key_epoch, charge.sequence),
+            "SELECT coalesce(sum(inverse_z2), 0) FROM releases WHERE payload_sha256 != ?", (charge.payload_sha256,)
         ).fetchone()
         total = before + charge.inverse_z2
-        return epsilon(1 / math.sqrt(total)) if total > 0 else 0.0
+        return epsilon(1 / math.sqrt(total), 1, delta)
 
     def _check_rate(self, charge: Charge, policy: Policy, now: float) -> None:
         rows = self._execute(
-            "SELECT released_s, payload_bytes FROM releases WHERE NOT (key_epoch = ? AND sequence = ?)"
-            " AND released_s > ? ORDER BY released_s DESC",
-            (charge.key_epoch, charge.sequence, now - max(DAY_S, policy.min_interval_s)),
+            "SELECT released_s, payload_bytes FROM releases WHERE released_s > ? ORDER BY released_s DESC",
+            (now - max(DAY_S, policy.min_interval_s),),
         ).fetchall()
         recent = [(when, size) for when, size in rows if when > now - DAY_S]
         waits = {}

@@ -2,8 +2,8 @@
 
 A `Job` is its complete input. Rows are a window of the device's own packed text, adapters start afresh from B = 0, the
 seed is H(client, key epoch, sequence), that of a fixed A the base's: the same job on the same text gives the same
-factors to the bit. The result goes to the spool, the numbers (never text) to `training/<sequence>.json` in the device's
-home.
+factors to the bit. The result goes to the spool, the numbers (never text) to `trainer/reports/<sequence>.json` in the
+device's home.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
 from fednested_lib.blobs import BlobStore, write_durable
+from fednested_lib.checkpoint import Checkpoint
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
-from fednested_lib.envelope import Digest
 from fednested_lib.expert_choice import DISTINCT_PER_RANK, choice_path, kept_choice
 from fednested_lib.failpoints import failpoint
 from fednested_lib.fixed_a import seed_of
+from fednested_lib.orders import Model, Sequence
 from fednested_lib.partition import expert_param
-from fednested_lib.signing import canonical_json
+from fednested_lib.signing import canonical_json, sha256_hex
 from fednested_lib.snapshot import SnapshotManifest, build_model, expert_shapes
-from fednested_lib.spool import Spool
+from fednested_lib.spool import Numbers, Spool
 from fednested_lib.text import load_tokenizer, pack, read_texts
 
 if TYPE_CHECKING:
@@ -39,23 +40,12 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 
-class Model(BaseModel):
-    """A snapshot that this device holds completely; `snapshot` is the digest of its manifest blob."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    version: int = Field(ge=0)
-    snapshot: Digest
-    base_digest: Digest
-    chain_seq: int = Field(ge=0)
-
-
 class Job(BaseModel):
     """The input of one update, written down before it is trained."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    sequence: int = Field(ge=0)
+    sequence: Sequence
     model: Model
     first_row: int = Field(ge=0)
     n_rows: int = Field(ge=1)
@@ -133,6 +123,11 @@ class LocalTrainer:
                 raise Interrupted
 
         rows = window(self._rows["data"], job.first_row, job.n_rows)
+        checkpoint = Checkpoint(
+            self.config.home / "trainer" / "checkpoint",
+            training=self._identity(job, rows),
+            every=how.checkpoint_every,
+        )
         trained = train_adapters(
             self._model,
             self._adapters,
@@ -141,9 +136,11 @@ class LocalTrainer:
             batch_size=how.batch_size,
             learning_rate=how.learning_rate,
             seed=seed,
+            micro_batch_size=how.micro_batch_size,
             on_step=check,
+            checkpoint=checkpoint,
         )
-        failpoint("client.after_training")
+        failpoint("trainer.after_training")
         report = LocalReport(
             sequence=job.sequence,
             base_version=job.model.version,
@@ -156,10 +153,20 @@ class LocalTrainer:
             seconds=round(time.monotonic() - started, 3),
         )
         self._keep(job, report)
+        checkpoint.remove()
         return report
 
+    def _identity(self, job: Job, rows: np.ndarray) -> str:
+        """Return the digest of all that the factors of a job are a function of."""
+        config = self.config
+        how = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "adapters", "training")}
+        chosen = {str(layer): list(ids) for layer, ids in self._adapters.expert_ids.items()}
+        seed = f"{job_seed(config, job.sequence):032x}"
+        document = [job.model_dump(mode="json"), how, chosen, seed, sha256_hex(rows.tobytes())]
+        return sha256_hex(canonical_json(document))
+
     def _keep(self, job: Job, report: LocalReport) -> None:
-        path = self.config.home / "training" / f"{job.sequence:012d}.json"
+        path = self.config.home / "trainer/reports" / f"{job.sequence:012d}.json"
         write_durable(path, canonical_json(vars(report)))
         self.spool.write(
             self._adapters.to_delta(),
@@ -169,9 +176,12 @@ class LocalTrainer:
             routed_tokens=self._adapters.tokens,
             distinct_tokens=self._adapters.distinct_tokens,
             num_examples=report.rows,
+            numbers=Numbers(
+                loss_first=report.loss_first, loss_last=report.loss_last, tokens=report.tokens, seconds=report.seconds
+            ),
         )
-        failpoint("client.after_spool")
-        _log.info("client.trained", **vars(report))
+        failpoint("trainer.after_spool")
+        _log.info("trainer.trained", **vars(report))
 
     def _load(self, model: Model) -> None:
         from fednested_lib.adapters import attach
@@ -214,7 +224,7 @@ class LocalTrainer:
                 continue
             texts, bad = read_texts(path)
             if bad:
-                _log.warning("client.bad_rows", file=name, count=len(bad), line=bad[0].line, reason=bad[0].reason)
+                _log.warning("trainer.bad_rows", file=name, count=len(bad), line=bad[0].line, reason=bad[0].reason)
             rows[name] = pack(texts, tokenizer, self.config.training.seq_len, source=path, key="training.seq_len")
         return rows
 

@@ -25,7 +25,7 @@ import structlog
 
 from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.envelope import HEADER, INLINE_LIMIT_BYTES
-from fednested_lib.errors import ContractError, PayloadError, StorageError, TransportError
+from fednested_lib.errors import ContractError, OutboxFull, PayloadError, StorageError, TransportError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.log import UpdateLog
 from fednested_lib.signing import sha256_hex
@@ -260,7 +260,7 @@ class Outbox:
             "SELECT coalesce(sum(payload_bytes), 0) FROM updates WHERE state != 'confirmed'"
         ).fetchone()
         if used + payload_bytes > self.max_bytes:
-            raise StorageError(
+            raise OutboxFull(
                 f"outbox {self.directory} holds {used} of {self.max_bytes} bytes and cannot take {payload_bytes} more: "
                 "let it send and wait for receipts, or raise outgoing.outbox_bytes"
             )

@@ -2,7 +2,7 @@
 
     <name>.yaml       the rules; every key is required (but the floor), every choice is from a closed list, nothing is
                       allowed that it does not list
-    <name>.yaml.sig   Ed25519 over "fednested.policy/1", a line feed and the file's bytes, by the site's key; 128 hex digits
+    <name>.yaml.sig   Ed25519 over "fednested.policy/1", a line feed and the bytes of the file, by the site's key
 
 The device configuration pins the public key. A file that is missing, unsigned, altered, of another federation or older
 than one that this device obeyed before (`ledger.py` remembers) stops the sidecar before anything else happens. No
@@ -12,6 +12,7 @@ expressions and no rule language: 0.07 ms for 128 tensors in plain Python, 4.5 t
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -80,6 +81,10 @@ class Policy(_Strict):
     def _fits(self) -> Policy:
         if self.bytes_per_day < self.bytes_per_update:
             raise ValueError("bytes_per_day must be at least bytes_per_update, or such an update waits for ever")
+        if self.dp != "off" and any(each.mode != "fixed_a" for each in self.adapters):
+            raise ValueError("dp needs mode fixed_a in every adapter: noise on a product of two factors has no known ε")
+        if (self.dp != "off") != (self.telemetry == "noised") and self.telemetry != "off":
+            raise ValueError("telemetry is noised with dp and never without: exact losses would not be in its ε")
         return self
 
     @cached_property
@@ -104,21 +109,31 @@ class Policy(_Strict):
                 f"{spec.alpha:g}: set adapters in tier2.yaml to one it lists, or sign a policy that lists it",
             )
 
-    def check_experts(self, layers: dict[int, tuple[int, ...]]) -> None:
-        """Refuse a layer or an expert that is not on the list.
+    def check_experts(self, layers: Mapping[int, tuple[int, ...]], model: Mapping[int, int]) -> None:
+        """Refuse a layer or an expert that is not on the list, and with differential privacy any other set than it.
+
+        Args:
+            layers: layer → adapted experts.
+            model: layer → number of experts.
 
         Raises:
-            PolicyRefused: reason ``expert_not_allowed``.
+            PolicyRefused: reason ``expert_not_allowed`` or ``experts_incomplete``.
         """
-        if self.experts == "all":
-            return
+        every = {layer: range(n) for layer, n in model.items()}
+        listed = every if self.experts == "all" else {layer: sorted(set(ids)) for layer, ids in self.experts.items()}
         for layer, ids in layers.items():
-            if odd := sorted(set(ids) - set(self.experts.get(layer, ()))):
+            if odd := sorted(set(ids) - set(listed.get(layer, ()))):
                 raise PolicyRefused(
                     "expert_not_allowed",
                     f"policy {self.version} does not list expert {odd[0]} of layer {layer}: set adapters.experts to "
                     "those it lists, or sign a policy that lists it",
                 )
+        if self.dp != "off" and any(list(layers.get(layer, ())) != list(ids) for layer, ids in listed.items()):
+            raise PolicyRefused(
+                "experts_incomplete",
+                f"with dp an update has exactly the experts of policy {self.version}: which ones are left out would "
+                "tell the routing; set adapters.experts to those it lists",
+            )
 
 
 def signature_path(path: str | os.PathLike) -> Path:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hmac
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from fednested_lib.config import OutgoingConfig, Tier2Config
 from fednested_lib.delta import AdapterSpec, Delta, Encoding, ExpertFactors, squared_norm
 from fednested_lib.envelope import INLINE_LIMIT_BYTES, Envelope, bucket, make_envelope
 from fednested_lib.errors import ConfigError, PayloadError, PolicyRefused, PolicyWait
+from fednested_lib.events import TrainingTelemetry
 from fednested_lib.failpoints import failpoint
 from fednested_lib.feedback import FEEDBACK_MAX_RANK, Residuals, joined, squeeze
 from fednested_lib.fixed_a import seed_of
@@ -44,9 +45,13 @@ from fednested_lib.log import UPDATES
 from fednested_lib.outbox import Outbox
 from fednested_lib.partition import expert_param
 from fednested_lib.policy import Policy, load_policy
+from fednested_lib.privacy import constant_counts, gaussian, noised_telemetry
 from fednested_lib.signing import Signer, canonical_json, sha256_hex
 from fednested_lib.snapshot import SnapshotManifest, expert_shapes
 from fednested_lib.spool import Declaration, Spool
+from fednested_lib.telemetry import training_telemetry
+
+MAX_LOSS = 20.0  # nats per token that telemetry tells at most: e²⁰ is beyond any vocabulary
 
 _log = structlog.get_logger(__name__)
 
@@ -94,17 +99,13 @@ def clip(delta: Delta, max_norm: float) -> Delta:
     return Delta(spec=delta.spec, factors=factors)
 
 
-def rounding_seed(secret: bytes, *, client_id: str, key_epoch: int, sequence: int, factors_sha256: str) -> int:
-    """Return the 128-bit seed of the stochastic rounding: equal updates round equally, no other seed can be foreseen.
+def rounding_seed(secret: bytes, label: bytes) -> int:
+    """Return the 128-bit seed of an update's stochastic rounding, which nobody without the secret can foresee.
 
     Args:
         secret: of this device; the trainer does not have it.
-        client_id: of this device.
-        key_epoch: number of its key.
-        sequence: of the update.
-        factors_sha256: of the trainer's file, so that a number that is used twice is not rounded alike.
+        label: names client, key epoch, number and content: a number that is used twice is not rounded alike.
     """
-    label = canonical_json([client_id, key_epoch, sequence, factors_sha256])
     return int.from_bytes(hmac.digest(secret, b"fednested.rounding/" + label, "sha256")[:16], "big")
 
 
@@ -142,23 +143,19 @@ def make_update(
         PayloadError: a factor is not finite.
     """
     norm(delta)  # before anything is withheld: a broken trainer must not pass because its NaN sits in a zeroed expert
-    floor = policy.floor(declaration.adapter.rank)
-    kept = {int(layer): tuple(n >= floor for n in counts) for layer, counts in declaration.distinct_tokens.items()}
-    tokens = {
-        layer: [bucket(n) if keep else 0 for n, keep in zip(counts, kept[int(layer)], strict=True)]
-        for layer, counts in declaration.routed_tokens.items()
-    }
     due = delta if carried is None else joined(delta, carried)
-    outgoing = clip(withhold(due, kept), policy.max_norm)
-    seed = rounding_seed(
-        signer.secret("rounding"),
-        client_id=client_id,
-        key_epoch=key_epoch,
-        sequence=declaration.sequence,
-        factors_sha256=declaration.factors_sha256,
+    label = canonical_json([client_id, key_epoch, declaration.sequence, declaration.factors_sha256])
+    if policy.dp == "off":
+        outgoing, counts, withheld = _bounded(declaration, due, policy)
+    else:
+        outgoing, counts, withheld = *_noised(declaration, delta, policy, signer.secret("noise"), label), 0
+    squeezed = squeeze(
+        outgoing,
+        rank=min(rank or declaration.adapter.rank, declaration.adapter.rank),
+        encoding=encoding,
+        seed=rounding_seed(signer.secret("rounding"), label),
+        feedback=error_feedback,
     )
-    most = min(rank or declaration.adapter.rank, declaration.adapter.rank)
-    squeezed = squeeze(outgoing, rank=most, encoding=encoding, seed=seed, feedback=error_feedback)
     payload, spec = squeezed.payload, squeezed.spec
     digest = sha256_hex(payload)
     envelope = make_envelope(
@@ -171,8 +168,7 @@ def make_update(
         base_digest=declaration.base_digest,
         adapter={"rank": spec.rank, "alpha": spec.alpha, "mode": spec.mode, "seed": spec.seed},
         expert_ids={layer: list(ids) for layer, ids in declaration.expert_ids.items()},
-        tokens=tokens,
-        num_examples=bucket(declaration.num_examples),
+        **counts,
         encoding=encoding,
         payload_sha256=digest,
         payload_bytes=len(payload),
@@ -181,29 +177,63 @@ def make_update(
     return Outgoing(
         envelope=envelope,
         payload=payload,
-        experts=sum(map(len, kept.values())),
-        withheld=sum(not keep for layer in kept.values() for keep in layer),
+        experts=sum(map(len, declaration.expert_ids.values())),
+        withheld=withheld,
         norm=norm(outgoing),
         residual=squeezed.residual,
     )
 
 
-def check_declaration(declaration: Declaration, base: SnapshotManifest, policy: Policy) -> None:
+def _bounded(declaration: Declaration, delta: Delta, policy: Policy) -> tuple[Delta, dict, int]:
+    """Withhold, clip and bucket; returns the delta, the envelope's counts and how many experts were withheld."""
+    floor = policy.floor(declaration.adapter.rank)
+    kept = {int(layer): tuple(n >= floor for n in counts) for layer, counts in declaration.distinct_tokens.items()}
+    tokens = {
+        layer: [bucket(n) if keep else 0 for n, keep in zip(counts, kept[int(layer)], strict=True)]
+        for layer, counts in declaration.routed_tokens.items()
+    }
+    counts = {"tokens": tokens, "num_examples": bucket(declaration.num_examples)}
+    withheld = sum(not keep for layer in kept.values() for keep in layer)
+    return clip(withhold(delta, kept), policy.max_norm), counts, withheld
+
+
+def _noised(
+    declaration: Declaration, delta: Delta, policy: Policy, secret: bytes, label: bytes
+) -> tuple[Delta, dict[str, object]]:
+    """Clip and add noise; returns the delta and counts that are constants."""
+    noised = gaussian(
+        delta,
+        clip_norm=policy.dp.clip_norm,
+        noise_multiplier=policy.dp.noise_multiplier,
+        secret=secret,
+        label=label.decode(),
+    )
+    tokens = bucket(policy.floor(declaration.adapter.rank))
+    return noised, constant_counts(declaration.expert_ids, tokens_per_expert=tokens, num_examples=1)
+
+
+def check_declaration(
+    declaration: Declaration, base: SnapshotManifest | None, policy: Policy
+) -> dict[str, tuple[int, int, int]]:
     """Refuse what the trainer was not ordered to do or the policy does not list, before its factors are read.
 
     Args:
         declaration: what it says.
-        base: the snapshot that it was given to train on.
+        base: the snapshot that it names, if the device holds it.
         policy: of the site.
 
+    Returns:
+        (experts, d_out, d_in) of the base's fused expert parameters.
+
     Raises:
-        PolicyRefused: reason ``wrong_base``, ``adapter_not_allowed``, ``wrong_seed`` or ``expert_not_allowed``.
+        PolicyRefused: reason ``wrong_base``, ``adapter_not_allowed``, ``wrong_seed``, ``expert_not_allowed`` or
+            ``experts_incomplete``.
     """
-    if (declaration.base_version, declaration.base_digest) != (base.version, base.digest):
+    if base is None:
         raise PolicyRefused(
             "wrong_base",
-            f"update {declaration.sequence} says it starts from version {declaration.base_version}, the device was "
-            f"given version {base.version}: train it again",
+            f"update {declaration.sequence} starts from version {declaration.base_version}, which is not held, or not "
+            "with that digest: train it again",
         )
     spec = declaration.adapter.spec()
     policy.check_adapter(spec)
@@ -211,7 +241,9 @@ def check_declaration(declaration: Declaration, base: SnapshotManifest, policy: 
         raise PolicyRefused(
             "wrong_seed", f"seed of A of update {declaration.sequence} is not that of its base version: train it again"
         )
-    policy.check_experts(declaration.layers())
+    shapes = expert_shapes(base)
+    policy.check_experts(declaration.layers(), {expert_param(name)[0]: shape[0] for name, shape in shapes.items()})
+    return shapes
 
 
 class Sidecar:
@@ -248,14 +280,19 @@ class Sidecar:
         self._who = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
         self._outgoing, self.residuals = outgoing, residuals
 
-    def release(self, spool: Spool, sequence: int, *, base: SnapshotManifest, now: float) -> Envelope:
+    def release(
+        self, spool: Spool, sequence: int, *, held: Callable[[int, str], SnapshotManifest | None], now: float
+    ) -> tuple[Envelope, TrainingTelemetry | None]:
         """Re-make a spooled update under the policy and put it into the outbox; doing it again changes nothing.
 
         Args:
             spool: what the trainer wrote.
             sequence: number of the update that was ordered.
-            base: the snapshot that it was ordered to start from.
+            held: finds the snapshot of a version and digest among those that the trainer was given.
             now: seconds since the epoch.
+
+        Returns:
+            The envelope, and what the policy lets be told about the training.
 
         Raises:
             PayloadError: it will never leave, with the rule; the file may be removed.
@@ -263,8 +300,10 @@ class Sidecar:
             StorageError: the outbox, the ledger, the audit log or the disk refuses; the file must stay.
         """
         with self._recorded(sequence, now):
-            declaration, delta = spool.read(sequence, expert_shapes(base))
-            check_declaration(declaration, base, self.policy)
+            declaration = spool.declaration(sequence)
+            base = held(declaration.base_version, declaration.base_digest)
+            shapes = check_declaration(declaration, base, self.policy)
+            delta = spool.delta(declaration, shapes)
             made = self._make(declaration, delta)
             self._check_made(made)
             self.ledger.fix_experts(self.policy.version, sha256_hex(canonical_json(made.envelope.expert_ids)))
@@ -305,7 +344,24 @@ class Sidecar:
             payload_bytes=envelope.payload_bytes,
             fp32_bytes=delta.size_fp32_bytes,
         )
-        return envelope
+        told = training_telemetry(declaration, envelope)
+        return envelope, None if told is None else self.telemetry(told)
+
+    def telemetry(self, event: TrainingTelemetry) -> TrainingTelemetry | None:
+        """Return what of an event may be told: nothing, few digits, or noise whose ε the update has paid for."""
+        if self.policy.telemetry == "off":
+            return None
+        if self.policy.telemetry == "noised":
+            return noised_telemetry(
+                event,
+                tokens=1,
+                max_loss=MAX_LOSS,
+                noise_multiplier=self.policy.dp.noise_multiplier,
+                secret=self._who["signer"].secret("telemetry"),
+            )
+        told = {name: round(min(max(getattr(event, name), 0.0), MAX_LOSS), 3) for name in ("loss_first", "loss_last")}
+        told |= {"tokens": bucket(event.tokens), "seconds": float(f"{event.seconds:.2g}")}
+        return event.model_copy(update=told)
 
     def close(self) -> None:
         """Let go of the ledger."""
@@ -343,14 +399,15 @@ class Sidecar:
             )
 
     def _charge(self, envelope: Envelope, now: float) -> float:
+        dp, telemetry = self.policy.dp, self.policy.telemetry
+        releases = 1 + (telemetry == "noised")
         charge = Charge(
-            key_epoch=envelope.key_epoch,
             sequence=envelope.sequence,
             payload_sha256=envelope.payload_sha256,
             payload_bytes=envelope.payload_bytes,
-            inverse_z2=0.0,
+            inverse_z2=0.0 if dp == "off" else releases / dp.noise_multiplier**2,
         )
-        return self.ledger.charge(charge, self.policy, epsilon=lambda z: 0.0, now=now)
+        return self.ledger.charge(charge, self.policy, now=now)
 
     @contextmanager
     def _recorded(self, sequence: int, now: float) -> Iterator[None]:
@@ -408,7 +465,8 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
 
 def audit_places(config: Tier2Config) -> tuple[Path, Path]:
     """Return the directories of a device's audit log and of its anchor."""
-    return config.home / "audit", config.audit.anchor or config.home / "anchor"
+    own = config.home / "sidecar"
+    return own / "audit", config.audit.anchor or own / "anchor"
 
 
 def _check_config(policy: Policy, config: Tier2Config) -> None:

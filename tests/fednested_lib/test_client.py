@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import threading
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.client import Client, _expert_tokens, run
+from fednested_lib.client import Client, run
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import decode
 from fednested_lib.envelope import HEADER, Envelope, parse_envelope, verify_envelope
@@ -33,6 +34,7 @@ from fednested_lib.log import CONTROL, TELEMETRY, TOPICS, UPDATES, InMemoryLog
 from fednested_lib.outbox import Outbox
 from fednested_lib.signing import Signer
 from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
+from fednested_lib.telemetry import expert_tokens
 from tests.policies import pin_policy
 
 SERVER = Signer.from_seed(b"s" * 32)
@@ -156,7 +158,7 @@ def test_one_update_end_to_end(world):
     told = {layer: ([int(each) for each in by], list(by.values())) for layer, by in event.expert_tokens.items()}
     assert told == {layer: (ids, envelope.tokens[layer]) for layer, ids in envelope.expert_ids.items()}
     assert b"cat" not in telemetry.value
-    local = json.loads((world.directory / "home/training/000000000000.json").read_bytes())
+    local = json.loads((world.directory / "home/trainer/reports/000000000000.json").read_bytes())
     assert local["heldout_after"] < local["heldout_before"]
 
 
@@ -164,9 +166,9 @@ def test_telemetry_leaves_out_what_it_has_no_room_for():
     """A record must not grow with the model: above 16,384 experts the counts stay in the envelope."""
     most = {"0": [0] * 10_000, "1": [0] * 6_384}
     ids = {layer: list(range(len(tokens))) for layer, tokens in most.items()}
-    assert _expert_tokens(Envelope.model_construct(expert_ids=ids, tokens=most)).keys() == {"0", "1"}
+    assert expert_tokens(Envelope.model_construct(expert_ids=ids, tokens=most)).keys() == {"0", "1"}
     more = {"0": [*ids["0"], 10_000], "1": ids["1"]}
-    assert _expert_tokens(Envelope.model_construct(expert_ids=more, tokens=more)) is None
+    assert expert_tokens(Envelope.model_construct(expert_ids=more, tokens=more)) is None
 
 
 def test_one_update_per_base_and_fresh_adapters(world):
@@ -186,7 +188,7 @@ def test_one_update_per_base_and_fresh_adapters(world):
     run(config, log=world.log)
     rows = [tuple(row) for row in _outbox(config)]
     assert [(parse_envelope(row[1]).sequence, parse_envelope(row[1]).base_version) for row in rows] == [(0, 0), (1, 1)]
-    state = json.loads((config.home / "state.json").read_bytes())
+    state = json.loads((config.home / "trainer/state.json").read_bytes())
     assert state["next_row"] == 2 * 3 * 2
 
 
@@ -289,7 +291,7 @@ def test_sends_again_what_a_newer_model_does_not_name(world):
     assert len(world.records()) == 1  # no newer model: nobody is waiting for it
     world.improve()
     world.publish(1)
-    _eventually(lambda: len(world.records()) >= 3)
+    _eventually(lambda: len({envelope.update_id for envelope in world.envelopes()}) == 2)
     ids = [envelope.update_id for envelope in world.envelopes()]
     assert ids.count(ids[0]) >= 2
     world.tell(UpdatesSettled(federation="fednested", chain_seq=1, update_ids=sorted(set(ids))))
@@ -341,10 +343,11 @@ def test_bad_input_is_one_named_error(world):
     with pytest.raises(TrainingError, match=r"loss of step 1 of 3 is nan.*training\.learning_rate"):
         run(world.config(heldout=None), log=world.log)
     assert world.records() == []
-    (world.directory / "broken").mkdir()
-    (world.directory / "broken/state.json").write_text("{}x")
-    with pytest.raises(StorageError, match=r"broken/state\.json"):
-        run(world.config("broken"), log=world.log)
+    for room in ("trainer", "sidecar"):
+        (world.directory / f"broken-{room}" / room).mkdir(parents=True)
+        (world.directory / f"broken-{room}" / room / "state.json").write_text("{}x")
+        with pytest.raises(StorageError, match=rf"{room}/state\.json"):
+            run(world.config(f"broken-{room}"), log=world.log)
     world.log.reachable = False
     with pytest.raises(TransportError):
         run(world.config("fresh"), log=world.log)
@@ -365,7 +368,7 @@ def test_offline_device_keeps_its_update(world, monkeypatch):
         dying.append(CONTROL, key=record.key, value=record.value, headers=dict(record.headers))
     config = world.config()
     with monkeypatch.context() as patch:
-        patch.setattr("fednested_lib.client._FAREWELL_S", 0.2)
+        patch.setattr("fednested_lib.sidecar_loop.FAREWELL_S", 0.2)
         report = run(config, log=dying)
     assert (report.updates, report.waiting) == (1, 1)
     assert "1 not sent yet" in str(report)
@@ -373,12 +376,14 @@ def test_offline_device_keeps_its_update(world, monkeypatch):
     assert [envelope.sequence for envelope in world.envelopes()] == [0]
 
 
-def test_a_lost_state_file_uses_no_number_twice(world):
-    """Without its state file a device goes on after the last number in its outbox."""
+@pytest.mark.parametrize("lost", ["trainer", "sidecar", "outbox", "sidecar orders", "sidecar outbox orders"])
+def test_a_lost_memory_uses_no_number_twice(world, lost):
+    """Whatever one side forgets, and the sidecar even all it has, the device goes on after the last number it sent."""
     world.publish(0)
     run(world.config(), log=world.log)
-    (world.directory / "home/state.json").unlink()
-    run(world.config(training={"max_updates": 2}), log=world.log)
+    for room in lost.split():
+        shutil.rmtree(world.directory / "home" / room)
+    run(world.config(training={"max_updates": 2, "updates_per_base": 2}), log=world.log)
     assert [envelope.sequence for envelope in world.envelopes()] == [0, 1]
 
 
@@ -419,14 +424,14 @@ def _outbox(config: Tier2Config) -> list[tuple]:
 
 
 FAILPOINTS = [
-    "client.after_fetch",
-    "client.after_state",
-    "client.after_training",
-    "client.after_spool",
-    "client.after_outbox",
-    "client.after_send",
-    "client.after_state:2",
-    "client.after_spool:2",
+    "sidecar.after_fetch",
+    "trainer.after_job",
+    "trainer.after_training",
+    "trainer.after_spool",
+    "sidecar.after_release",
+    "sidecar.after_send",
+    "trainer.after_job:2",
+    "trainer.after_spool:2",
     "outbox.after_file",
     "outbox.after_row",
     "outbox.after_append",
@@ -449,7 +454,7 @@ def test_a_kill_anywhere_changes_no_byte(world):
         assert process.exitcode == -signal.SIGKILL, failpoint
         run(config, log=world.clone_log())
         assert _outbox(config) == expected, failpoint
-        assert not list((config.home / "spool").glob("*")), failpoint
+        assert not list((config.home / "spool").glob("0*")), failpoint
 
 
 def test_sends_again_what_is_not_settled_when_tier_1_asks(world):
@@ -513,9 +518,9 @@ def test_a_control_topic_that_regrew_between_two_looks_is_read_from_its_beginnin
         for _ in range(more):
             world.tell(FederationEnd(federation="other", chain_seq=2))
         device.follow()
-        assert device.state.model.version == 2
+        assert device.sidecar.model.version == 2
         assert [item.update_id for item in outbox.pending()] == [late.update_id]
-        assert device._ended is not None
+        assert device.sidecar.ended is not None
 
 
 def test_a_control_topic_cut_while_a_device_looks_is_read_at_the_next_look(world, monkeypatch):
@@ -529,10 +534,10 @@ def test_a_control_topic_cut_while_a_device_looks_is_read_at_the_next_look(world
         world.log._records[CONTROL][0].clear()
         with monkeypatch.context() as patch:
             patch.setattr(world.log, "watermarks", Mock(side_effect=[seen, world.log.watermarks(CONTROL)]))
-            device._online(device.follow)
+            device.sidecar.online(device.follow)
         world.tell(FederationEnd(federation="fednested", chain_seq=0))
         device.follow()
-        assert device._ended is not None
+        assert device.sidecar.ended is not None
 
 
 def test_a_control_topic_that_is_read_twice_changes_nothing(world):
@@ -551,23 +556,23 @@ def test_a_control_topic_that_is_read_twice_changes_nothing(world):
         world.publish(2)
         device.follow()
         device.send()
-        held = device.state, device._ended, outbox.unconfirmed()
-        assert device._ended is None
-        device._control_digest = "of another record"
+        held = device.sidecar.state, device.sidecar.ended, outbox.unconfirmed()
+        assert device.sidecar.ended is None
+        device.sidecar.topic._digest = "of another record"
         device.follow()
-        assert (device.state, device._ended, outbox.unconfirmed()) == held
+        assert (device.sidecar.state, device.sidecar.ended, outbox.unconfirmed()) == held
         world.tell(FederationEnd(federation="fednested", chain_seq=2))
-        for digest in (device._control_digest, "of another record"):
-            device._control_digest = digest
+        for digest in (device.sidecar.topic._digest, "of another record"):
+            device.sidecar.topic._digest = digest
             device.follow()
-            assert device._ended is not None
+            assert device.sidecar.ended is not None
 
 
 def test_what_is_in_the_outbox_is_never_made_again(world):
     """A device whose text changed while it was dead still sends the update it had made, and no second one."""
     world.publish(0)
     config = world.config()
-    process = _fork(config, world.clone_log(), "client.after_outbox")
+    process = _fork(config, world.clone_log(), "sidecar.after_release")
     process.join(60)
     made = [row[:3] for row in _outbox(config)]
     (world.directory / "text.jsonl").write_text(json.dumps({"text": "quite another text about a dog " * 20}))
@@ -581,7 +586,7 @@ def test_sigterm_ends_cleanly(world):
     world.publish(0)
     config = world.config(training={"pace_s": 3600.0})
     process = _fork(config, world.clone_log())
-    _eventually(lambda: list((config.home / "spool").glob("*.json")))
+    _eventually(lambda: list((config.home / "spool").glob("0*.json")))
     started = time.monotonic()
     process.terminate()
     process.join(10)

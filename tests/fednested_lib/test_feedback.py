@@ -118,6 +118,10 @@ def test_an_altered_residual_stops_the_update(tmp_path):
         residuals.carried(6, BASE.digest, delta)
 
 
+def _held(version: int, digest: str) -> SnapshotManifest | None:
+    return BASE if (version, digest) == (BASE.version, BASE.digest) else None
+
+
 def _sidecar(home, outbox, *, feedback: bool = True) -> Sidecar:
     return Sidecar(
         policy=make_policy(max_norm=1e6, updates_per_day=1000, min_interval_s=0.0),
@@ -145,10 +149,10 @@ def _payloads(tmp_path, spool, name, *, die_before: int | None = None, feedback:
             if sequence == die_before:
                 put, outbox.put = outbox.put, lambda **_: (_ for _ in ()).throw(KeyboardInterrupt)
                 with pytest.raises(KeyboardInterrupt):
-                    way.release(spool, sequence, base=BASE, now=1000.0 * sequence)
+                    way.release(spool, sequence, held=_held, now=1000.0 * sequence)
                 outbox.put = put
                 way.residuals = Residuals(home / "residuals")
-            way.release(spool, sequence, base=BASE, now=1000.0 * sequence)
+            way.release(spool, sequence, held=_held, now=1000.0 * sequence)
         return [outbox.payload(item) for item in outbox.pending()]
 
 

@@ -116,13 +116,9 @@ def test_same_update_same_bytes(tmp_path):
 
 
 def test_rounding_cannot_be_foreseen():
-    """The seed of the rounding differs with key, client, epoch, number and content; a trainer lacks the first."""
-    known = {"client_id": "romeo", "key_epoch": 0, "sequence": 1, "factors_sha256": "0" * 64}
-    others = [{"client_id": "julia"}, {"key_epoch": 1}, {"sequence": 2}, {"factors_sha256": "1" * 64}]
-    seeds = [rounding_seed(SIGNER.secret("rounding"), **{**known, **change}) for change in ({}, *others)]
-    seeds.append(rounding_seed(Signer.from_seed(b"e" * 32).secret("rounding"), **known))
-    assert len(set(seeds)) == 6
-    assert SIGNER.secret("rounding") != SIGNER.secret("noise")
+    """The seed of the rounding differs with key and label; the trainer lacks the first, every update has another."""
+    secrets = [SIGNER.secret("rounding"), SIGNER.secret("noise"), Signer.from_seed(b"e" * 32).secret("rounding")]
+    assert len({rounding_seed(secret, label) for secret in secrets for label in (b"a", b"b")}) == 6
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
