@@ -9,8 +9,10 @@ import numpy as np
 
 from benchmarks.hostile_spool import Draft, draft
 from fednested_lib.audit import AuditLog
+from fednested_lib.config import OutgoingConfig
 from fednested_lib.delta import AdapterSpec, Delta, Encoding, ExpertFactors, decode, fixed_factor
 from fednested_lib.envelope import Envelope
+from fednested_lib.feedback import Residuals
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.ledger import Ledger
 from fednested_lib.outbox import Outbox
@@ -87,7 +89,7 @@ class Scene:
         self.audit = AuditLog(directory / "audit", anchor=directory / "anchor")
         self.sidecar = Sidecar(
             policy=policy or make_policy(**RULES),
-            encoding=encoding,
+            outgoing=OutgoingConfig(encoding=encoding),
             federation="fednested",
             client_id="romeo",
             key_epoch=0,
@@ -95,6 +97,7 @@ class Scene:
             ledger=Ledger(directory / "ledger.db"),
             audit=self.audit,
             outbox=self.outbox,
+            residuals=Residuals(directory / "residuals"),
         )
 
     def draft(self, delta: Delta, rng: random.Random, secret: str = "") -> Draft:
