@@ -84,7 +84,7 @@ class Scene:
     ):
         self.base = base or make_base()
         self.spool = Spool(directory / "spool")
-        self.spool.directory.mkdir(parents=True)
+        self.spool.directory.mkdir(parents=True, exist_ok=True)
         self.outbox = Outbox(directory / "outbox", max_bytes=1 << 30)
         self.audit = AuditLog(directory / "audit", anchor=directory / "anchor")
         self.sidecar = Sidecar(
