@@ -128,6 +128,20 @@ def forget_experts(config: Path = typer.Option(..., "--config", help="tier2.yaml
     typer.echo(f"removed {path}" if existed else f"nothing to forget: there is no {path}")
 
 
+@tier2.command("doctor")
+def doctor(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """Look at everything this device needs, and say what to do; changes nothing. Exit code 1 if something is bad."""
+    from fednested_lib.doctor import examine
+
+    states = []
+    for finding in examine(config):
+        typer.echo(finding)
+        states.append(finding.state)
+    typer.echo(f"{len(states)} findings: {states.count('bad')} bad, {states.count('warning')} warnings")
+    if "bad" in states:
+        raise typer.Exit(1)
+
+
 @tier2.command("sign-policy")
 def sign_policy(
     policy: Path = typer.Argument(help="policy.yaml; its signature is written to policy.yaml.sig"),

@@ -29,6 +29,11 @@ class GatewayLog:
         self.next_poll_s = 0.0
         self._gateway = gateway
 
+    @property
+    def skew_s(self) -> float:
+        """The gateway's clock minus ours after its last answer, in seconds."""
+        return self._gateway.skew_s
+
     def create_topics(self, topics: Mapping[str, int]) -> None:
         """Refuse: topics are tier 1's.
 

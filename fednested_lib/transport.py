@@ -69,6 +69,11 @@ class Transport:
         """How long tier 1 asks to wait before the next look; 0: it has no wish."""
         return getattr(self.log, "next_poll_s", 0.0)
 
+    @property
+    def skew_s(self) -> float | None:
+        """Tier 1's clock minus ours after the last answer, in seconds; None: it tells no time."""
+        return getattr(self.log, "skew_s", None)
+
     def sweep(self) -> None:
         """Forget partial downloads, after a snapshot is complete."""
         if hasattr(self.source, "sweep"):
