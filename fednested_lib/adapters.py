@@ -272,6 +272,16 @@ class RoutedAdapters:
         for adapter in self._layers:
             adapter.reset(seed)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what training changes, by name: factors and counters, the tensors themselves."""
+        state = {}
+        for adapter in self._layers:
+            state |= {f"{adapter.layer}.routed": adapter.routed_n, f"{adapter.layer}.seen": adapter.seen_nv}
+            for projection, factors in adapter.factors.items():
+                for name, factor in zip("ab", factors, strict=True):
+                    state[f"{adapter.layer}.{projection}.{name}"] = factor.data
+        return state
+
     def to_delta(self) -> Delta:
         """Return what was learnt since the last reset (B started at zero, so it is local − snapshot)."""
         rank = self.spec.rank
@@ -286,7 +296,12 @@ class RoutedAdapters:
         return Delta(spec=self.spec, factors=factors)
 
 
-def _experts_modules(model: nn.Module) -> dict[int, nn.Module]:
+def experts_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Return layer → experts module, in the order of the layers.
+
+    Raises:
+        ContractError: the model has no fused experts.
+    """
     found = {}
     for name, module in model.named_modules():
         if name.endswith(".mlp.experts") and hasattr(module, "gate_up_proj"):
@@ -350,7 +365,7 @@ def attach(
     Raises:
         ContractError: the experts have another layout, or an id does not exist.
     """
-    modules = _experts_modules(model)
+    modules = experts_modules(model)
     wanted = (
         {layer: tuple(range(module.num_experts)) for layer, module in modules.items()}
         if expert_ids is None
@@ -383,7 +398,7 @@ def detach(model: nn.Module) -> None:
     if hook is None:
         return
     hook.remove()
-    for module in _experts_modules(model).values():
+    for module in experts_modules(model).values():
         module.__dict__.pop(_SLOT, None)
     if not is_quantised(model):  # those run here alone
         model.set_experts_implementation("grouped_mm")

@@ -116,6 +116,18 @@ def trainer(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> 
     run_trainer(load_tier2(config))
 
 
+@tier2.command("forget-experts")
+def forget_experts(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """End the period of the chosen experts (`adapters.experts: auto`): the next update chooses anew."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.expert_choice import choice_path
+
+    path = choice_path(load_tier2(config).home)
+    existed = path.exists()
+    path.unlink(missing_ok=True)
+    typer.echo(f"removed {path}" if existed else f"nothing to forget: there is no {path}")
+
+
 @tier2.command("doctor")
 def doctor(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
     """Look at everything this device needs, and say what to do; changes nothing. Exit code 1 if something is bad."""

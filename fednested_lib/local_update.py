@@ -19,14 +19,16 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
 from fednested_lib.blobs import BlobStore, write_durable
+from fednested_lib.checkpoint import Checkpoint
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
 from fednested_lib.errors import ContractError, FednestedError, SnapshotError, TrainingError
+from fednested_lib.expert_choice import DISTINCT_PER_RANK, choice_path, kept_choice
 from fednested_lib.failpoints import failpoint
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.orders import Model, Sequence
 from fednested_lib.partition import expert_param
-from fednested_lib.signing import canonical_json
+from fednested_lib.signing import canonical_json, sha256_hex
 from fednested_lib.snapshot import SnapshotManifest, build_model, expert_shapes
 from fednested_lib.spool import Numbers, Spool
 from fednested_lib.text import load_tokenizer, pack, read_texts
@@ -124,6 +126,11 @@ class LocalTrainer:
                 raise Interrupted
 
         rows = window(self._rows["data"], job.first_row, job.n_rows)
+        checkpoint = Checkpoint(
+            self.config.home / "trainer" / "checkpoint",
+            training=self._identity(job, rows),
+            every=how.checkpoint_every,
+        )
         trained = train_adapters(
             self._model,
             self._adapters,
@@ -132,7 +139,9 @@ class LocalTrainer:
             batch_size=how.batch_size,
             learning_rate=how.learning_rate,
             seed=seed,
+            micro_batch_size=how.micro_batch_size,
             on_step=check,
+            checkpoint=checkpoint,
         )
         failpoint("trainer.after_training")
         report = LocalReport(
@@ -147,7 +156,17 @@ class LocalTrainer:
             seconds=round(time.monotonic() - started, 3),
         )
         self._keep(job, report)
+        checkpoint.remove()
         return report
+
+    def _identity(self, job: Job, rows: np.ndarray) -> str:
+        """Return the digest of all that the factors of a job are a function of."""
+        config = self.config
+        how = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "adapters", "training")}
+        chosen = {str(layer): list(ids) for layer, ids in self._adapters.expert_ids.items()}
+        seed = f"{job_seed(config, job.sequence):032x}"
+        document = [job.model_dump(mode="json"), how, chosen, seed, sha256_hex(rows.tobytes())]
+        return sha256_hex(canonical_json(document))
 
     def _keep(self, job: Job, report: LocalReport) -> None:
         path = self.config.home / "trainer/reports" / f"{job.sequence:012d}.json"
@@ -198,11 +217,25 @@ class LocalTrainer:
         how = self.config.adapters
         seed = seed_of(model.base_digest) if how.mode == "fixed_a" else None
         spec = AdapterSpec(rank=how.rank, alpha=how.alpha, mode=how.mode, seed=seed)
-        layers = sorted({expert_param(name)[0] for name in expert_shapes(manifest)})
-        chosen = None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))
-        self._adapters = attach(self._model, spec, chosen, seed=0)
+        self._adapters = attach(self._model, spec, self._experts(manifest), seed=0)
         mean_loss(self._model, self._rows["data"][: self.config.training.batch_size], 1)
         self._heldout_before = self._heldout_loss()
+
+    def _experts(self, manifest: SnapshotManifest) -> dict[int, tuple[int, ...]] | None:
+        how, shapes = self.config.adapters, expert_shapes(manifest)
+        if how.experts == "auto":
+            return kept_choice(
+                choice_path(self.config.home),
+                self._model,
+                self._rows["data"],
+                how.budget,
+                rank=how.rank,
+                min_distinct=DISTINCT_PER_RANK * how.rank,
+                shapes=shapes,
+                base_version=manifest.version,
+            ).layers()
+        layers = sorted({expert_param(name)[0] for name in shapes})
+        return None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))
 
     def _pack(self, manifest: SnapshotManifest) -> dict[str, np.ndarray]:
         tokenizer = load_tokenizer(self.blobs.get(manifest.tokenizer))
