@@ -50,7 +50,7 @@ def test_exposure_is_as_small_as_the_readme_says(role):
 
 
 def test_units_and_tmpfiles_agree_with_the_rooms():
-    """Each directory is writable by the process that owns it, and by no other; the trainer has no network and no key."""
+    """Each directory is writable by its own process alone; the trainer has no network and no key."""
     rows = [line.split() for line in (EDGE / "fednested.tmpfiles.conf").read_text().splitlines() if line[:1] == "d"]
     made = {Path(row[1]).name: row[2:5] for row in rows}
     for name, (writer, shared) in ROOMS.items():
