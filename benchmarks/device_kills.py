@@ -50,7 +50,7 @@ FAILPOINTS = {
     "sidecar": (
         *("sidecar.after_fetch", "sidecar.after_orders", "sidecar.after_release", "sidecar.after_send"),
         *("outbox.after_file", "outbox.after_row", "outbox.after_blob", "outbox.after_append", "outbox.after_mark"),
-        *("outbox.after_confirm", "durable.before_rename"),
+        *("outbox.after_confirm", "sidecar.after_charge", "sidecar.after_audit", "durable.before_rename"),
     ),
     "trainer": (
         *("trainer.after_job", "trainer.after_training", "trainer.after_spool", "trainer.after_status"),

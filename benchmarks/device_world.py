@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.small_federation import SEQ_LEN, SmallFederation
+from tests.policies import pin_policy
 from tier1.federation import open_federation
 from tier1.loops.broadcast import publish_champion
 
@@ -65,6 +66,7 @@ class ProcessFederation(SmallFederation):
         self.tier1.close()
 
     def _open_device(self, name: str, adapters: Mapping, training: Mapping) -> Path:
+        rank = self._ranks.get(name, adapters["rank"])
         document = {
             "client_id": name,
             "key": "device.key",
@@ -74,7 +76,8 @@ class ProcessFederation(SmallFederation):
             "payloads_uri": str(self.tier1.home / "payloads"),
             "control": {"public_key": self.tier1.signer.public_key, "poll_s": 0.05},
             "log": {"bootstrap": self._bootstrap},
-            "adapters": {**adapters, "rank": self._ranks.get(name, adapters["rank"])},
+            "adapters": {"rank": rank, "alpha": 2.0 * rank},
+            "policy": pin_policy(self.directory / name),
             "training": dict(training),
         }
         path = self.directory / name / "tier2.yaml"

@@ -6,6 +6,7 @@
     ├── ContractError(reason)         4   bytes from outside break the contract; `reason` is machine readable
     │   ├── EnvelopeError                 unsigned, altered or malformed envelope
     │   ├── PayloadError                  a delta that does not match its envelope, or is not finite
+    │   │   └── PolicyRefused             the device's policy will never let this update leave
     │   ├── PartitionError                a parameter that no rule names
     │   └── SnapshotError                 a missing or corrupt blob
     ├── TransportError                5   a server or store cannot be reached (recoverable: try again)
@@ -17,6 +18,8 @@
     │   └── ChainCorrupt                  an entry was altered, removed or signed by a stranger
     ├── GovernanceError               9
     │   ├── PolicyDenied                  the policy does not allow it, or cannot decide
+    │   ├── PolicyWait(reason)            the device's policy does not let an update leave yet (recoverable: wait)
+    │   ├── AuditError                    the device's audit log was edited, shortened or cannot be verified
     │   └── PromotionBlocked              a requirement of promotion is missing
     ├── TrainingError                10   the loss is not finite
     ├── IsolationError               11   the device cannot keep its trainer apart as its configuration requires
@@ -69,6 +72,10 @@ class PayloadError(ContractError):
     """The payload is not what its envelope declares."""
 
 
+class PolicyRefused(PayloadError):
+    """The device's policy will never let this update leave."""
+
+
 class PartitionError(ContractError):
     """A parameter name is in no group of its model family."""
 
@@ -78,9 +85,18 @@ class SnapshotError(ContractError):
 
 
 class TransportError(FednestedError):
-    """A server or store cannot be reached; trying again may help."""
+    """A server or store cannot be reached; trying again may help.
+
+    Args:
+        message: the sentence for a person.
+        retry_after_s: the server's word on how long to wait, None if it gave none.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StorageError(FednestedError):
@@ -121,6 +137,25 @@ class GovernanceError(FednestedError):
 
 class PolicyDenied(GovernanceError):
     """The policy denies, or cannot decide, which is the same."""
+
+
+class PolicyWait(GovernanceError):
+    """The device's policy does not let an update leave yet.
+
+    Args:
+        reason: machine-readable rule.
+        message: the sentence for a person.
+        not_before_s: when it may, seconds since the epoch; None: not under this policy.
+    """
+
+    def __init__(self, reason: str, message: str, *, not_before_s: float | None):
+        super().__init__(message)
+        self.reason = reason
+        self.not_before_s = not_before_s
+
+
+class AuditError(GovernanceError):
+    """The audit log of a device is not what its keys and its anchor say."""
 
 
 class PromotionBlocked(GovernanceError):

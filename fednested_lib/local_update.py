@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
+from fednested_lib.errors import ContractError, FednestedError, SnapshotError, TrainingError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.orders import Model, Sequence
@@ -90,7 +91,7 @@ class LocalTrainer:
 
     def __init__(self, config: Tier2Config, blobs: BlobStore, spool: Spool):
         self.config, self.blobs, self.spool = config, blobs, spool
-        self._snapshot: str | None = None
+        self.loaded: str | None = None  # the snapshot that was built last and found fit
         self._model: nn.Module | None = None
         self._adapters: RoutedAdapters | None = None
         self._rows: dict[str, np.ndarray] = {}
@@ -165,11 +166,30 @@ class LocalTrainer:
         _log.info("trainer.trained", **vars(report))
 
     def _load(self, model: Model) -> None:
-        from fednested_lib.adapters import attach
-
-        if self._snapshot == model.snapshot:
+        """Build the model of a snapshot and see that it is fit: its loss on the device's text is finite."""
+        if self.loaded == model.snapshot:
             return
-        self._snapshot = self._model = self._adapters = None  # let go of the old model before the new one is built
+        self.loaded = self._model = self._adapters = None  # let go of the old model before the new one is built
+        try:
+            self._build(model)
+        except SnapshotError:
+            raise
+        except TrainingError as error:
+            raise SnapshotError("non_finite_loss", f"version {model.version} is not fit: {error}") from error
+        except Exception as error:  # whatever transformers, tokenizers and torch make of it
+            if isinstance(error, FednestedError) and not isinstance(error, ContractError):
+                raise
+            said = str(error).partition("\n")[0][:200]
+            raise SnapshotError(
+                "not_loadable",
+                f"version {model.version} cannot be built here ({type(error).__name__}: {said}): publish a newer one",
+            ) from error
+        self.loaded = model.snapshot
+
+    def _build(self, model: Model) -> None:
+        from fednested_lib.adapters import attach
+        from fednested_lib.training import mean_loss
+
         manifest = SnapshotManifest.from_json(self.blobs.get(model.snapshot))
         self._rows = self._pack(manifest)
         self._model = build_model(manifest, self.blobs, experts="fednested_lora", frozen=self.config.model.frozen)
@@ -179,8 +199,8 @@ class LocalTrainer:
         layers = sorted({expert_param(name)[0] for name in expert_shapes(manifest)})
         chosen = None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))
         self._adapters = attach(self._model, spec, chosen, seed=0)
+        mean_loss(self._model, self._rows["data"][: self.config.training.batch_size], 1)
         self._heldout_before = self._heldout_loss()
-        self._snapshot = model.snapshot
 
     def _pack(self, manifest: SnapshotManifest) -> dict[str, np.ndarray]:
         tokenizer = load_tokenizer(self.blobs.get(manifest.tokenizer))

@@ -33,15 +33,15 @@ def run_sidecar(config: Tier2Config) -> ClientReport:
         SnapshotError: the published snapshot is broken.
         StorageError: the disk is full, or another sidecar runs here.
     """
-    from fednested_lib.kafka_log import KafkaLog
     from fednested_lib.outbox import Outbox
     from fednested_lib.sidecar_loop import SidecarLoop
+    from fednested_lib.transport import open_transport
 
     with ExitStack() as stack:
         stopped = stack.enter_context(sigterm())
-        outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.policy.outbox_bytes))
-        log = stack.enter_context(closing(KafkaLog(config.log.servers(), timeout_s=config.log.timeout_s)))
-        return SidecarLoop(config, log, outbox, stopped).run()
+        outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.outgoing.outbox_bytes))
+        transport = stack.enter_context(closing(open_transport(config)))
+        return SidecarLoop(config, transport, outbox, stopped).run()
 
 
 def run_trainer(config: Tier2Config) -> None:

@@ -162,30 +162,33 @@ class Spool:
         """Parse what is said about one update.
 
         Raises:
-            PayloadError: reason ``bad_spool``.
+            PayloadError: reason ``spool_file``, ``bad_declaration`` or ``wrong_sequence``.
         """
         path = self._declaration(sequence)
+        data = self._read(path, MAX_DECLARATION_BYTES)
         try:
-            declaration = Declaration.model_validate_json(self._read(path, MAX_DECLARATION_BYTES))
+            declaration = Declaration.model_validate_json(data)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "counts"
-            raise PayloadError("bad_spool", f"{path}: {field}: {first['msg']}: remove it to train again") from None
+            field = ".".join(str(part) for part in first["loc"])[:120] or "counts"
+            raise PayloadError("bad_declaration", f"{path}: {field}: {first['msg']}: train it again") from None
+        if canonical_json(declaration.model_dump(mode="json")) != data:
+            raise PayloadError("bad_declaration", f"{path} is not canonical JSON: train it again")
         if declaration.sequence != sequence:
-            raise PayloadError("bad_spool", f"{path} declares another number: remove it to train again")
+            raise PayloadError("wrong_sequence", f"{path} declares number {declaration.sequence}: train it again")
         return declaration
 
     def delta(self, declaration: Declaration, shapes: Mapping[str, tuple[int, int, int]]) -> Delta:
         """Parse the factors of a declaration.
 
         Raises:
-            PayloadError: as `read`.
+            PayloadError: reason ``spool_file`` or ``wrong_digest``, and as `delta.decode`.
         """
         spec, ids, path = declaration.adapter.spec(), declaration.layers(), self._factors(declaration.sequence)
         most = (len(ids.get(expert_param(name)[0], ())) * (d_out + d_in) for name, (_, d_out, d_in) in shapes.items())
         factors = self._read(path, 5 * spec.rank * sum(most) + (1 << 20))  # a little more than 4 bytes each, and names
         if sha256_hex(factors) != declaration.factors_sha256:
-            raise PayloadError("bad_spool", f"{path} is not what its declaration names: remove it to train again")
+            raise PayloadError("wrong_digest", f"{path} is not what its declaration names: train it again")
         return decode(factors, encoding="fp32", spec=spec, expert_ids=ids, shapes=shapes)
 
     def remove(self, sequence: int) -> None:
@@ -204,7 +207,7 @@ class Spool:
         try:
             return read_foreign(path, max_bytes)
         except OSError as error:
-            raise PayloadError("bad_spool", f"{path}: {error.strerror}: remove it to train again") from error
+            raise PayloadError("spool_file", f"{path}: {error.strerror}: train it again") from error
 
     def _declaration(self, sequence: int) -> Path:
         return self.directory / f"{sequence:012d}.json"

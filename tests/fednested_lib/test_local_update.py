@@ -56,6 +56,7 @@ def _config(directory: Path, **changes) -> Tier2Config:
         "blobs_uri": "unused",
         "payloads_uri": "unused",
         "control": {"public_key": "0" * 64},
+        "policy": {"file": "unused", "public_key": "0" * 64},
         "adapters": {"rank": 2, "alpha": 4.0, "experts": [3, 1]},
         "training": {"steps": 2, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-3},
         **changes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,6 +16,7 @@ from fednested_lib.events import FederationEnd
 from fednested_lib.orders import Orders, Refusal, Status, orders_path, read_note, status_path, write_note
 from fednested_lib.outbox import Outbox
 from fednested_lib.sidecar_loop import MAX_GAP
+from fednested_lib.signing import canonical_json
 from fednested_lib.snapshot import slice_key
 from tests.fednested_lib.test_client import GATE_UP, World
 
@@ -63,8 +65,18 @@ def test_an_update_stays_in_the_spool_until_its_number_is_taken(device):
     assert _spooled(device).name == "000000000001.json"
 
 
-@pytest.mark.parametrize("broken", ["text", "factors", "link", "pipe", "directory", "huge"])
-def test_a_broken_spool_file_is_refused_by_name_and_made_again(device, broken):
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("text", "bad_declaration"),
+        ("factors", "wrong_digest"),
+        ("link", "spool_file"),
+        ("pipe", "spool_file"),
+        ("directory", "spool_file"),
+        ("huge", "spool_file"),
+    ],
+)
+def test_a_broken_spool_file_is_refused_by_name_and_made_again(device, broken, reason):
     """Garbage in the spool, however it got there, leaves nothing jammed: refused, made again, sent once."""
     path = _spooled(device)
     whole = path.read_bytes()
@@ -82,7 +94,7 @@ def test_a_broken_spool_file_is_refused_by_name_and_made_again(device, broken):
         made[broken]()
     device.sidecar.hear_trainer()
     refused = _orders(device).refused
-    assert (refused.sequence, refused.reason) == (0, "bad_spool")
+    assert (refused.sequence, refused.reason) == (0, reason)
     assert device.outbox.pending() == []
     if broken == "directory":
         path.rmdir()  # only a person, or a trainer gone mad, makes one
@@ -121,9 +133,9 @@ def test_rows_that_are_refused_twice_are_left_and_eight_refusals_end_the_trainer
 def test_an_update_of_a_version_that_is_not_held_is_refused(device):
     """A declaration that names a base of its own gets no further than its name."""
     path = _spooled(device)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_version": 7}))
+    path.write_bytes(canonical_json({**json.loads(path.read_text()), "base_version": 7}))
     device.sidecar.hear_trainer()
-    assert _orders(device).refused.reason == "unknown_base"
+    assert _orders(device).refused.reason == "wrong_base"
 
 
 def test_a_trainer_cannot_use_the_numbers_up(device):
@@ -131,7 +143,7 @@ def test_a_trainer_cannot_use_the_numbers_up(device):
     path = _spooled(device)
     text = json.loads(path.read_text())
     for number, taken in ((MAX_GAP + 1, False), (7, True)):
-        for suffix, data in ((".json", json.dumps({**text, "sequence": number}).encode()), (".factors", None)):
+        for suffix, data in ((".json", canonical_json({**text, "sequence": number})), (".factors", None)):
             other = path.with_name(f"{number:012d}{suffix}")
             other.write_bytes(path.with_suffix(".factors").read_bytes() if data is None else data)
         path.unlink(missing_ok=True)
@@ -169,7 +181,7 @@ def test_a_job_whose_snapshot_is_gone_is_begun_anew(world, device):
 
 
 def test_the_snapshot_of_a_job_is_kept_until_the_trainer_is_done(world, device):
-    """A newer model comes while an update is made: the old blobs stay for it, and go when it is taken."""
+    """A newer model comes while an update is made: the old blobs stay for it, and go when the new model has loaded."""
     _spooled(device)
     old = device.trainer.state.job.model.snapshot
     first = json.loads(world.blobs.get(old))["blobs"][slice_key(GATE_UP, 3)]
@@ -180,7 +192,7 @@ def test_the_snapshot_of_a_job_is_kept_until_the_trainer_is_done(world, device):
     device.sidecar._let_go(device.sidecar._status())
     assert device.sidecar.blobs.has(first)
     assert _orders(device).kept[0] == old
-    for _ in range(3):
+    for _ in range(9):
         device.sidecar.hear_trainer()
         device.trainer.turn()
     assert not device.sidecar.blobs.has(first)
@@ -209,11 +221,11 @@ def test_a_full_outbox_pauses_the_trainer_until_there_is_room(world):
 
 def test_a_trainer_that_may_not_train_says_why_and_goes_on_later(world):
     """One function is asked before every update; while it has a reason, nothing is trained."""
-    reasons = ["on battery", "on battery", None, None]
-    device = world.config()
-    with Outbox(device.home / "outbox", max_bytes=1 << 30) as outbox:
-        client = Client(device, world.log, outbox, lambda: False)
-        client.trainer.forbidden = lambda: reasons.pop(0) if reasons else None
+    reasons = ["on_battery", "on_battery", None, None]
+    config = world.config()
+    with Outbox(config.home / "outbox", max_bytes=1 << 30) as outbox:
+        client = Client(config, world.log, outbox, lambda: False)
+        client.trainer.gatekeeper = Mock(forbids=lambda: reasons.pop(0) if reasons else None)
         client.follow()
         assert not client.trainer.turn()
         assert not client.trainer.turn()

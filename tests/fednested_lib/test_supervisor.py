@@ -20,6 +20,7 @@ from fednested_lib.isolation import Isolation, probe
 from fednested_lib.rooms import ROOMS
 from fednested_lib.signing import Signer
 from fednested_lib.supervisor import plan
+from tests.policies import pin_policy
 
 PATIENCE_S = 60.0
 CHILD = """
@@ -64,6 +65,7 @@ def path(tmp_path) -> Path:
         "payloads_uri": "payloads",
         "log": {"bootstrap": "127.0.0.1:1", "timeout_s": 1},
         "control": {"public_key": Signer.generate().public_key},
+        "policy": pin_policy(tmp_path),
     }
     Signer.generate().save(tmp_path / "device.key")
     path = tmp_path / "tier2.yaml"
