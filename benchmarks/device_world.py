@@ -77,7 +77,7 @@ class ProcessFederation(SmallFederation):
             "control": {"public_key": self.tier1.signer.public_key, "poll_s": 0.05},
             "log": {"bootstrap": self._bootstrap},
             "adapters": {"rank": rank, "alpha": 2.0 * rank},
-            "policy": pin_policy(self.directory / name),
+            "policy": pin_policy(self.directory / name, min_tokens_per_rank=1),  # the text has 32 symbols
             "training": dict(training),
         }
         path = self.directory / name / "tier2.yaml"
