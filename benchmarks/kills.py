@@ -69,6 +69,7 @@ FAILPOINTS = {
 }
 # Failpoints that no role of the campaign passes: why, and who kills there.
 ELSEWHERE = {
+    "sidecar.after_roll_back": "every snapshot loads here: tests/fednested_lib/test_client.py",
     "sidecar.after_send_again": "no log is lost here: tests/e2e/test_log_loss.py",
     "sidecar.after_roll_back": "every model loads: tests/fednested_lib/test_client.py",
     "gateway.after_chunk": "devices speak to the broker: tests/services/test_gateway.py",

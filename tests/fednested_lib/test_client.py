@@ -512,6 +512,19 @@ def test_a_kill_anywhere_changes_no_byte(world):
         assert not list((config.home / "spool").glob("0*")), failpoint
 
 
+def test_a_kill_while_going_back_to_the_old_snapshot_changes_nothing(world):
+    """SIGKILL between the decision for the old snapshot and the orders that name it: the restarted device goes on."""
+    world.publish(0)
+    run(world.config(), log=world.log)
+    world.publish_unfit(1, "bad_tokenizer")
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    process = _fork(config, world.clone_log(), "sidecar.after_roll_back")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    run(config, log=world.log)
+    assert [(each.sequence, each.base_version) for each in world.envelopes()] == [(0, 0), (1, 0)]
+
+
 def test_sends_again_what_is_not_settled_when_tier_1_asks(world):
     """Asked once, it sends the unsettled update once more, byte by byte, the settled one not; a repeat does nothing."""
     world.publish(0)
