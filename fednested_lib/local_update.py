@@ -22,9 +22,10 @@ from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.checkpoint import Checkpoint
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
-from fednested_lib.expert_choice import DISTINCT_PER_RANK, choice_path, kept_choice
+from fednested_lib.expert_choice import DISTINCT_PER_RANK, choice_path, kept_choice, most_adapted
 from fednested_lib.failpoints import failpoint
 from fednested_lib.fixed_a import seed_of
+from fednested_lib.memory import estimate, require, resident_bytes
 from fednested_lib.orders import Model, Sequence
 from fednested_lib.partition import expert_param
 from fednested_lib.signing import canonical_json, sha256_hex
@@ -97,6 +98,7 @@ class LocalTrainer:
         self._adapters: RoutedAdapters | None = None
         self._rows: dict[str, np.ndarray] = {}
         self._heldout_before: float | None = None
+        self._process_bytes = resident_bytes()  # now: later it holds what an old model left
 
     def train(self, job: Job, stopped: Callable[[], bool]) -> LocalReport:
         """Train one job and spool the update.
@@ -190,6 +192,7 @@ class LocalTrainer:
             return
         self._snapshot = self._model = self._adapters = None  # let go of the old model before the new one is built
         manifest = SnapshotManifest.from_json(self.blobs.get(model.snapshot))
+        self._require_memory(manifest)
         self._rows = self._pack(manifest)
         self._model = build_model(manifest, self.blobs, experts="fednested_lora", frozen=self.config.model.frozen)
         how = self.config.adapters
@@ -198,6 +201,22 @@ class LocalTrainer:
         self._adapters = attach(self._model, spec, self._experts(manifest), seed=0)
         self._heldout_before = self._heldout_loss()
         self._snapshot = model.snapshot
+
+    def _require_memory(self, manifest: SnapshotManifest) -> None:
+        """Refuse a snapshot that does not fit; where experts are yet to be chosen, count the most."""
+        how, limit = self.config.training, self.config.training.memory_limit_mb
+        if limit is None:
+            return
+        micro = min(how.micro_batch_size or how.batch_size, how.batch_size)
+        need = estimate(
+            manifest,
+            frozen=self.config.model.frozen,
+            rank=self.config.adapters.rank,
+            n_adapted=most_adapted(self.config.adapters, expert_shapes(manifest)),
+            tokens=micro * how.seq_len,
+            process_bytes=self._process_bytes,
+        )
+        require(need, limit, micro_batch_size=micro, frozen=self.config.model.frozen)
 
     def _experts(self, manifest: SnapshotManifest) -> dict[int, tuple[int, ...]] | None:
         how, shapes = self.config.adapters, expert_shapes(manifest)

@@ -12,7 +12,7 @@ import pytest
 from fednested_lib.adapters import merge
 from fednested_lib.blobs import BlobStore
 from fednested_lib.config import Tier2Config
-from fednested_lib.errors import DataError
+from fednested_lib.errors import ConfigError, DataError
 from fednested_lib.expert_choice import choice_path
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.frozen import FrozenWeight
@@ -219,3 +219,14 @@ def test_chosen_experts_are_adapted_and_stay(trainer, tmp_path):
     trainer.manifest, data = later, path.read_bytes()
     assert _trained(trainer, 1)[1].layers() == first.layers()
     assert path.read_bytes() == data
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(trainer, tmp_path):
+    """With a memory limit below the need no blob of the model is read; with one above it the update is made."""
+    settings = {"steps": 2, "batch_size": 2, "seq_len": 16}
+    trainer.config = _config(tmp_path, training={**settings, "memory_limit_mb": 20})
+    with pytest.raises(ConfigError, match=r"memory_limit_mb = 20, training on this model takes about \d+ "):
+        _trained(trainer, 0)
+    assert trainer._model is None
+    trainer.config = _config(tmp_path, training={**settings, "memory_limit_mb": 100_000})
+    _trained(trainer, 0)
