@@ -115,7 +115,7 @@ def step_memory() -> float:
 
 @figure("device.memory_estimate", unit="x", bound="<= 1.5", cls="full")
 def memory_estimate() -> Reading:
-    """Estimate that `training.memory_limit_mb` refuses by, of the measured peak of a step; 64 to 1024 tokens, int4 too."""
+    """Estimate that `training.memory_limit_mb` goes by, of the measured peak of a step; 64 to 1024 tokens, int4 too."""
     found = []
     for kind, n_tokens in (("fp32", 64), ("fp32", 1024), ("int4", 256)):
         manifest = SnapshotManifest(

@@ -69,6 +69,7 @@ class AdaptersConfig(Section):
     alpha: float = Field(default=16.0, gt=0, le=1e6)
     experts: list[Annotated[int, Field(ge=0)]] | Literal["auto"] | None = None
     budget: BudgetConfig | None = None
+    router_bias: bool = False
 
     @model_validator(mode="after")
     def _budgeted(self) -> AdaptersConfig:

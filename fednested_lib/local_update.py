@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,12 +114,17 @@ class LocalTrainer:
             SnapshotError: a blob of the snapshot is missing or corrupt.
             TrainingError: the loss is not finite.
         """
+        from fednested_lib.router_bias import keep_bias, load_bias
         from fednested_lib.training import train_adapters
 
         started = time.monotonic()
         how, seed = self.config.training, job_seed(self.config, job.sequence)
         self._load(job.model)
         self._adapters.reset(seed)
+        bias = self._adapters.router_bias
+        if bias is not None:
+            bias.load(load_bias(self._bias_path, job.model.base_digest, job.sequence))
+            before = bias.values()
 
         def check(_step: int, _loss: float) -> None:
             if stopped():
@@ -154,9 +160,15 @@ class LocalTrainer:
             rows=len(rows),
             seconds=round(time.monotonic() - started, 3),
         )
+        if bias is not None:  # before the update is spooled: it is never trained again once it is
+            keep_bias(self._bias_path, job.model.base_digest, job.sequence, before=before, after=bias.values())
         self._keep(job, report)
         checkpoint.remove()
         return report
+
+    @property
+    def _bias_path(self) -> Path:
+        return self.config.home / "trainer" / "router_bias.json"
 
     def _identity(self, job: Job, rows: np.ndarray) -> str:
         """Return the digest of all that the factors of a job are a function of."""
@@ -198,7 +210,7 @@ class LocalTrainer:
         how = self.config.adapters
         seed = seed_of(model.base_digest) if how.mode == "fixed_a" else None
         spec = AdapterSpec(rank=how.rank, alpha=how.alpha, mode=how.mode, seed=seed)
-        self._adapters = attach(self._model, spec, self._experts(manifest), seed=0)
+        self._adapters = attach(self._model, spec, self._experts(manifest), seed=0, router_bias=how.router_bias)
         self._heldout_before = self._heldout_loss()
         self._snapshot = model.snapshot
 

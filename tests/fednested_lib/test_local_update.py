@@ -230,3 +230,34 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(trainer, tmp_p
     assert trainer._model is None
     trainer.config = _config(tmp_path, training={**settings, "memory_limit_mb": 100_000})
     _trained(trainer, 0)
+
+
+def test_router_bias_stays_here(trainer, tmp_path):
+    """It trains from update to update of a base; none of its values is in a file of the spool or of a report."""
+    adapters = {"rank": 2, "alpha": 4.0, "router_bias": True}
+    trainer.config = _config(tmp_path, adapters=adapters)
+    path = trainer.config.home / "trainer/router_bias.json"
+    kept = []
+    for sequence in (0, 1, 1):
+        trainer.spool.remove(sequence)
+        _, declaration, delta = _trained(trainer, sequence)
+        kept.append(json.loads(path.read_bytes()))
+        assert set(declaration.layers()) == {0, 1, 2}
+        assert len(delta.factors) == 6
+    assert kept[1]["before"] == kept[0]["after"] != kept[0]["before"]
+    assert kept[2] == kept[1]
+    values = [value for layer in kept[1]["after"].values() for value in layer]
+    assert all(values)
+    others = [each for each in trainer.config.home.rglob("*") if each.is_file() and each != path]
+    assert any("spool" in str(each) for each in others)
+    text = b"".join(each.read_bytes() for each in others)
+    raw = b"".join(bytes(each) for each in _decompressed(trainer, 1))
+    for value in values:
+        assert repr(value).encode() not in text
+        assert np.float32(value).tobytes() not in raw
+
+
+def _decompressed(trainer: LocalTrainer, sequence: int):
+    delta = trainer.spool.read(sequence, expert_shapes(trainer.manifest))[1]
+    for factors in delta.factors.values():
+        yield factors.lora_a.tobytes() + factors.lora_b.tobytes()
