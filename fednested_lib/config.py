@@ -105,7 +105,7 @@ class OutgoingConfig(Section):
     """How it leaves, within the policy: encoding, rank, error feedback, room for updates that nobody confirmed yet."""
 
     encoding: Encoding = "int8"
-    mean_rank: int | None = Field(default=None, ge=1, le=256)
+    mean_rank: float | None = Field(default=None, gt=0, le=256)
     error_feedback: bool = False
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
 

@@ -77,7 +77,7 @@ def truncated(delta: Delta, rank: int) -> Delta:
     return _of_parts(delta, parts, kept, rank)
 
 
-def shared_out(delta: Delta, mean_rank: int, max_rank: int) -> Delta:
+def shared_out(delta: Delta, mean_rank: float, max_rank: int) -> Delta:
     """Return a delta with as many columns as `mean_rank` per expert makes, given to the experts that need them most.
 
     The columns kept are those of most σ² per value, whatever expert they are of; the others are zeros, which cost next
@@ -142,7 +142,7 @@ def _negative(delta: Delta) -> Delta:
 
 
 def squeeze(
-    target: Delta, *, max_rank: int, mean_rank: int | None, encoding: Encoding, seed: int, feedback: bool
+    target: Delta, *, max_rank: int, mean_rank: float | None, encoding: Encoding, seed: int, feedback: bool
 ) -> Squeezed:
     """Truncate, round and write what should leave; equal arguments give equal bytes.
 

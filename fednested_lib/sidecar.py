@@ -127,7 +127,7 @@ def make_update(
     *,
     policy: Policy,
     encoding: Encoding,
-    mean_rank: int | None = None,
+    mean_rank: float | None = None,
     error_feedback: bool = False,
     carried: Delta | None = None,
     federation: str,
