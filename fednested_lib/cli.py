@@ -183,6 +183,23 @@ def outbox(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> N
     typer.echo(read_survey(load_tier2(config).home / "outbox").describe(now=time.time()))
 
 
+@tier2.command("export-peft")
+def export_peft(
+    sequence: int = typer.Argument(help="number of an update that tier 1 has not settled yet"),
+    config: Path = typer.Option(..., "--config", help="tier2.yaml"),
+    directory: Path = typer.Option(..., "--to", help="directory to write; peft opens it beside the base model"),
+) -> None:
+    """Write an update as it leaves this device as a peft adapter, to look at; the device must be stopped."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.peft_export import export_update
+
+    envelope = export_update(load_tier2(config), sequence, directory)
+    typer.echo(
+        f"wrote {directory}: update {sequence}, {envelope.encoding}, rank {envelope.adapter.rank}, of version "
+        f"{envelope.base_version}"
+    )
+
+
 @messaging.command("bootstrap-topics")
 def bootstrap_topics(
     bootstrap: str = typer.Option("127.0.0.1:9092", envvar="FEDNESTED_KAFKA_BOOTSTRAP", help="host:port of the broker"),
