@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from benchmarks.dictionary_attack import send, send_noised
+from benchmarks.dictionary_attack import Counts, send, send_noised
 from fednested_lib.adapters import attach, detach, merge
 from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors
 from fednested_lib.training import deterministic, mean_loss, train_adapters
@@ -91,20 +91,20 @@ def device_text(seed: int, repeats: int) -> np.ndarray:
 
 
 @functools.cache
-def learnt(seed: int, repeats: int, mode: str) -> tuple[Delta, dict[int, list[int]], dict[int, list[int]]]:
-    """Train one device; returns the exact delta, and routed and distinct tokens."""
+def learnt(seed: int, repeats: int, mode: str) -> tuple[Delta, Counts]:
+    """Train one device; returns the exact delta and the distinct tokens of each expert."""
     model = copy.deepcopy(core())
     spec = AdapterSpec(rank=RANK, alpha=2.0 * RANK, mode=mode, seed=A_SEED if mode == "fixed_a" else None)
     adapters = attach(model, spec, None, seed=seed)
     text = device_text(seed, repeats)
     train_adapters(model, adapters, text, steps=STEPS, batch_size=8, learning_rate=8e-3, seed=seed)
-    return copy.deepcopy(adapters.to_delta()), adapters.tokens, adapters.distinct_tokens
+    return copy.deepcopy(adapters.to_delta()), adapters.distinct_tokens
 
 
 def exposure_plain(seed: int, repeats: int, mode: str = "lora") -> float:
     """Exposure after the fold of an update as the sidecar sends it by default; 0 repeats: of a secret never seen."""
-    delta, routed, distinct = learnt(seed, repeats, mode)
-    return exposure(send(delta, routed, distinct, floor_per_rank=4), seed)
+    delta, distinct = learnt(seed, repeats, mode)
+    return exposure(send(delta, distinct, floor_per_rank=4), seed)
 
 
 def exposure_noised(seed: int, repeats: int, *, clip_norm: float, noise_multiplier: float) -> float:

@@ -26,19 +26,16 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fednested_lib.adapters import attach
-from fednested_lib.config import ExportPolicyConfig
 from fednested_lib.delta import AdapterSpec, Delta, decode, encode
-from fednested_lib.envelope import AdapterFields
 from fednested_lib.partition import expert_name, expert_param
-from fednested_lib.privacy import gaussian
-from fednested_lib.sidecar import make_update
-from fednested_lib.signing import Signer
-from fednested_lib.spool import Declaration
+from fednested_lib.privacy import SECRET_BYTES, gaussian
+from fednested_lib.sidecar import clip, withhold
 from fednested_lib.training import train_adapters
 
 D_MODEL, D_HIDDEN, N_EXPERTS, TOP_K, N_LAYERS, VOCABULARY = 256, 128, 4, 2, 2, 16384
 N_NULL = VOCABULARY // 2  # tokens 0..N_NULL-1 are in no device's text: the threshold's calibration
 CHANCE = 0.01
+MAX_NORM = 50.0  # the default of a device's policy
 Counts = dict[int, list[int]]  # layer → one number per expert
 A_SEED = "a" * 32
 
@@ -67,7 +64,6 @@ class Trained:
     delta: Delta
     start: Delta
     seen: dict[int, np.ndarray]  # layer → [experts, vocabulary], token was routed there
-    routed: Counts
     labels: np.ndarray
 
     @property
@@ -164,7 +160,7 @@ def train(device: Device) -> Trained:
     delta = Delta(spec=spec, factors={name: _copy(f) for name, f in adapters.to_delta().factors.items()})
     seen = {layer.layer: layer.seen_nv.numpy().copy() for layer in adapters._layers}
     return Trained(
-        device=device, delta=delta, start=start, seen=seen, routed=adapters.tokens, labels=np.unique(rows[:, 1:])
+        device=device, delta=delta, start=start, seen=seen, labels=np.unique(rows[:, 1:])
     )  # fmt: skip
 
 
@@ -181,43 +177,25 @@ def shapes_of(delta: Delta) -> dict[str, tuple[int, int, int]]:
     }  # fmt: skip
 
 
-def send(delta: Delta, routed: Counts, distinct: Counts, *, floor_per_rank: int) -> Delta:
+def send(delta: Delta, distinct: Counts, *, floor_per_rank: int) -> Delta:
     """Send an update as the sidecar does, with this floor (0: none), and read it as the server does."""
-    spec = delta.spec
-    ids = {str(expert_param(name)[0]): list(factors.expert_ids) for name, factors in delta.factors.items()}
-    declaration = Declaration(
-        sequence=0,
-        base_version=1,
-        base_digest="0" * 64,
-        adapter=AdapterFields(rank=spec.rank, alpha=spec.alpha, mode=spec.mode, seed=spec.seed),
-        expert_ids=ids,
-        routed_tokens={layer: routed[int(layer)] for layer in ids},
-        distinct_tokens={layer: distinct[int(layer)] for layer in ids},
-        num_examples=1,
-        factors_sha256="0" * 64,
-    )
-    policy = ExportPolicyConfig().model_copy(update={"min_tokens_per_rank": floor_per_rank})  # 0 is below its bound
-    envelope, payload = make_update(
-        declaration,
-        delta,
-        policy=policy,
-        federation="fednested",
-        client_id="device",
-        key_epoch=0,
-        signer=Signer.from_seed(bytes(32)),
-    )
-    read = {"encoding": envelope.encoding, "spec": envelope.adapter.spec(), "expert_ids": envelope.layers()}
-    return decode(payload, **read, shapes=shapes_of(delta))
+    floor = floor_per_rank * delta.spec.rank
+    kept = {layer: tuple(n >= floor for n in counts) for layer, counts in distinct.items()}
+    return _received(clip(withhold(delta, kept), MAX_NORM))
 
 
 def send_noised(delta: Delta, *, clip_norm: float, noise_multiplier: float, label: str = "device/0/0") -> Delta:
     """Send an update under differential privacy, no expert withheld, and read it as the server does."""
-    noised = gaussian(
-        delta, clip_norm=clip_norm, noise_multiplier=noise_multiplier, secret=bytes(32), label=label
-    )  # fmt: skip
-    payload = encode(noised, encoding="int8", seed=0)
-    ids = {expert_param(name)[0]: factors.expert_ids for name, factors in noised.factors.items()}
-    return decode(payload, encoding="int8", spec=noised.spec, expert_ids=ids, shapes=shapes_of(delta))
+    secret = bytes(SECRET_BYTES)
+    return _received(
+        gaussian(delta, clip_norm=clip_norm, noise_multiplier=noise_multiplier, secret=secret, label=label)
+    )
+
+
+def _received(sent: Delta) -> Delta:
+    ids = {expert_param(name)[0]: factors.expert_ids for name, factors in sent.factors.items()}
+    payload = encode(sent, encoding="int8", seed=1)
+    return decode(payload, encoding="int8", spec=sent.spec, expert_ids=ids, shapes=shapes_of(sent))
 
 
 def attack(trained: Trained, sent: Delta) -> Iterator[Found]:
@@ -284,7 +262,7 @@ def table(rank: int = 8) -> Iterator[str]:
         yield f"rank {rank}, rows of {seq_len} tokens, AdamW, no floor: share found beyond chance (precision)"
         for distinct in (1, 4, 16, 64, 256, 1024, 4096):
             trained = train(Device(distinct=distinct, rank=rank, seq_len=seq_len))
-            sent = send(trained.delta, trained.routed, trained.distinct, floor_per_rank=0)
+            sent = send(trained.delta, trained.distinct, floor_per_rank=0)
             yield _line(f"k ~ {distinct}/device", attack(trained, sent))
     yield f"rank {rank}, rows of 1 token, AdamW, fixed_a, clip 1, noise multiplier z, no floor"
     for noise_multiplier in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
