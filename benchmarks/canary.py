@@ -1,4 +1,4 @@
-"""A secret in a device's text: how much of it the model remembers after the fold, and what noise leaves of learning.
+"""A secret in a device's text: how much of it the model remembers after the fold.
 
     exposure(s) = log₂ |R| − log₂ rank(s)          s among |R| sequences of its form, by the model's log-perplexity
                                                     (Carlini et al. 2019, "The Secret Sharer", section 4.2)
@@ -22,8 +22,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks.dictionary_attack import Counts, send, send_noised
 from fednested_lib.adapters import attach, detach, merge
-from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors
-from fednested_lib.training import deterministic, mean_loss, train_adapters
+from fednested_lib.delta import AdapterSpec, Delta
+from fednested_lib.training import deterministic, train_adapters
 
 SYMBOLS, SEQ_LEN, N_ROWS = 48, 24, 64
 PROMPT, SECRET_LENGTH, N_CANDIDATES = (1, 2, 3, 4), 6, 1024
@@ -134,19 +134,3 @@ def exposure(sent: Delta, seed: int) -> float:
         nats = cross_entropy(logits.transpose(1, 2).double(), rows[:, len(PROMPT) :], reduction="none").sum(1)
     better, equal = int((nats[1:] < nats[0]).sum()), int((nats[1:] == nats[0]).sum())
     return math.log2(N_CANDIDATES) - math.log2(1 + better + equal / 2)
-
-
-def heldout_loss(delta: Delta | None) -> float:
-    """Return nats per token on the devices' chain, text that no device has; None is the core alone."""
-    return mean_loss(core() if delta is None else folded(delta), sentences(128, 1, ours=OURS))[0]
-
-
-def average(deltas: list[Delta]) -> Delta:
-    """Average updates of mode `fixed_a` of one seed: it is linear in B."""
-    spec, factors = deltas[0].spec, {}
-    for name, first in deltas[0].factors.items():
-        lora_b = np.mean([delta.factors[name].lora_b for delta in deltas], axis=0, dtype=np.float64)
-        factors[name] = ExpertFactors(
-            expert_ids=first.expert_ids, lora_a=first.lora_a, lora_b=lora_b.astype(np.float32)
-        )  # fmt: skip
-    return Delta(spec=spec, factors=factors)

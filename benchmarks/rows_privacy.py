@@ -11,16 +11,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.canary import average, exposure_noised, exposure_plain, heldout_loss, learnt
+from benchmarks.canary import exposure_noised, exposure_plain
 from benchmarks.dictionary_attack import D_MODEL, Device, Found, attack, send, send_noised, train
+from benchmarks.private_learning import PrivateRound
 from benchmarks.registry import Reading, figure
-from fednested_lib.privacy import epsilon, gaussian
-from fednested_lib.sidecar import clip
+from fednested_lib.privacy import epsilon
 from tier1.aggregation.fold import one_thread
 
 RANKS = (4, 8, 16)
@@ -29,6 +31,7 @@ RANKS = (4, 8, 16)
 DISTINCT = {1: 1, 4: 1, 16: 6, 40: 4, 80: 2, 160: 1, 320: 1, 1024: 1}
 NOISE_MULTIPLIER, DELTA = 1.0, 1e-5  # ε of one release: 10.0 (replace), 4.4 (zero_out)
 CANARY_SEEDS, CANARY_CLIP = 16, 20.0
+GAIN_CLIP = 10.0  # above the norm of an update of that world, 8
 LEAST_TOKENS = 100  # of a point, where a bound is at stake: below, chance would be read as success
 
 
@@ -147,18 +150,13 @@ def canary_dp() -> float:
 
 @figure("privacy.devices_for_gain", unit="1", cls="full")
 def devices_for_gain() -> float:
-    """Devices whose mean update keeps 90 % of the gain on held-out text at noise multiplier 1; doubling."""
-    with one_thread():
-        deltas, base = [learnt(seed, 0, "fixed_a")[0] for seed in range(8)], heldout_loss(None)
-        gain = base - heldout_loss(average(deltas))
-        clipped = average([clip(delta, CANARY_CLIP) for delta in deltas])
-        for n_devices in (2**power for power in range(4, 24)):
-            # The mean of n independent releases has the mean of the clipped updates and noise of z·C/√n.
-            noise = NOISE_MULTIPLIER / math.sqrt(n_devices)
-            mean = gaussian(clipped, clip_norm=CANARY_CLIP, noise_multiplier=noise, secret=bytes(32), label="mean")
-            if base - heldout_loss(mean) >= 0.9 * gain:
+    """Devices whose mean update keeps 80 % of one round's gain on held-out real text, noise multiplier 1; doubling."""
+    with one_thread(), tempfile.TemporaryDirectory() as scratch:
+        private = PrivateRound(Path(scratch), clip_norm=GAIN_CLIP)
+        for n_devices in (2**power for power in range(10, 22)):
+            if private.gain_kept(noise_multiplier=NOISE_MULTIPLIER, n_devices=n_devices) >= 0.8:
                 return n_devices
-    raise RuntimeError("not even 2^23 devices keep 90 % of the gain")
+    raise RuntimeError("not even 2^21 devices keep 80 % of the gain")
 
 
 @figure("privacy.accountant", unit="1", bound="<= 1e-9", cls="quick")
