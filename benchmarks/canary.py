@@ -109,12 +109,9 @@ def exposure_plain(seed: int, repeats: int, mode: str = "lora") -> float:
 
 def exposure_noised(seed: int, repeats: int, *, clip_norm: float, noise_multiplier: float) -> float:
     """Exposure after the fold of one update sent under differential privacy."""
-    sent = send_noised(
-        learnt(seed, repeats, "fixed_a")[0],
-        clip_norm=clip_norm,
-        noise_multiplier=noise_multiplier,
-        label=f"device/0/{seed}",
-    )  # fmt: skip
+    delta, distinct = learnt(seed, repeats, "fixed_a")
+    how = {"clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "sequence": seed}
+    sent = send_noised(delta, distinct, **how)
     return exposure(sent, seed)
 
 

@@ -26,16 +26,19 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fednested_lib.adapters import attach
-from fednested_lib.delta import AdapterSpec, Delta, decode, encode
+from fednested_lib.delta import AdapterSpec, Delta, decode
+from fednested_lib.envelope import AdapterFields
 from fednested_lib.partition import expert_name, expert_param
-from fednested_lib.privacy import SECRET_BYTES, gaussian
-from fednested_lib.sidecar import clip, withhold
+from fednested_lib.policy import Policy
+from fednested_lib.sidecar import make_update
+from fednested_lib.signing import Signer
+from fednested_lib.spool import Declaration
 from fednested_lib.training import train_adapters
+from tests.policies import make_policy
 
 D_MODEL, D_HIDDEN, N_EXPERTS, TOP_K, N_LAYERS, VOCABULARY = 256, 128, 4, 2, 2, 16384
 N_NULL = VOCABULARY // 2  # tokens 0..N_NULL-1 are in no device's text: the threshold's calibration
 CHANCE = 0.01
-MAX_NORM = 50.0  # the default of a device's policy
 Counts = dict[int, list[int]]  # layer → one number per expert
 A_SEED = "a" * 32
 
@@ -179,23 +182,40 @@ def shapes_of(delta: Delta) -> dict[str, tuple[int, int, int]]:
 
 def send(delta: Delta, distinct: Counts, *, floor_per_rank: int) -> Delta:
     """Send an update as the sidecar does, with this floor (0: none), and read it as the server does."""
-    floor = floor_per_rank * delta.spec.rank
-    kept = {layer: tuple(n >= floor for n in counts) for layer, counts in distinct.items()}
-    return _received(clip(withhold(delta, kept), MAX_NORM))
+    policy = make_policy().model_copy(update={"min_tokens_per_rank": floor_per_rank})  # no policy may say 0
+    return _received(delta, distinct, policy, 0)
 
 
-def send_noised(delta: Delta, *, clip_norm: float, noise_multiplier: float, label: str = "device/0/0") -> Delta:
+def send_noised(
+    delta: Delta, distinct: Counts, *, clip_norm: float, noise_multiplier: float, sequence: int = 0
+) -> Delta:
     """Send an update under differential privacy, no expert withheld, and read it as the server does."""
-    secret = bytes(SECRET_BYTES)
-    return _received(
-        gaussian(delta, clip_norm=clip_norm, noise_multiplier=noise_multiplier, secret=secret, label=label)
+    how = {"clip_norm": clip_norm, "noise_multiplier": noise_multiplier, "epsilon_total": 1e6, "delta": 1e-5}
+    adapter = {"mode": "fixed_a", "rank": delta.spec.rank, "alpha": delta.spec.alpha}
+    return _received(delta, distinct, make_policy(dp=how, adapters=[adapter], telemetry="off"), sequence)
+
+
+def _received(delta: Delta, distinct: Counts, policy: Policy, sequence: int) -> Delta:
+    spec = delta.spec
+    ids = {str(expert_param(name)[0]): list(factors.expert_ids) for name, factors in delta.factors.items()}
+    counts = {layer: distinct[int(layer)] for layer in ids}
+    declaration = Declaration(
+        sequence=sequence,
+        base_version=1,
+        base_digest="0" * 64,
+        adapter=AdapterFields(rank=spec.rank, alpha=spec.alpha, mode=spec.mode, seed=spec.seed),
+        expert_ids=ids,
+        routed_tokens=counts,
+        distinct_tokens=counts,
+        num_examples=1,
+        factors_sha256="0" * 64,
     )
-
-
-def _received(sent: Delta) -> Delta:
-    ids = {expert_param(name)[0]: factors.expert_ids for name, factors in sent.factors.items()}
-    payload = encode(sent, encoding="int8", seed=1)
-    return decode(payload, encoding="int8", spec=sent.spec, expert_ids=ids, shapes=shapes_of(sent))
+    signer = Signer.from_seed(bytes(32))
+    who = {"federation": "fednested", "client_id": "device", "key_epoch": 0, "signer": signer}
+    made = make_update(declaration, delta, policy=policy, encoding="int8", **who)
+    envelope = made.envelope
+    read = {"encoding": envelope.encoding, "spec": envelope.adapter.spec(), "expert_ids": envelope.layers()}
+    return decode(made.payload, **read, shapes=shapes_of(delta))
 
 
 def attack(trained: Trained, sent: Delta) -> Iterator[Found]:
@@ -277,7 +297,8 @@ def table(rank: int = 8) -> Iterator[str]:
 
 
 def _noisy(trained: Trained, noise_multiplier: float, draw: int) -> Delta:
-    return send_noised(trained.delta, clip_norm=1.0, noise_multiplier=noise_multiplier, label=f"device/0/{draw}")
+    how = {"clip_norm": 1.0, "noise_multiplier": noise_multiplier, "sequence": draw}
+    return send_noised(trained.delta, trained.distinct, **how)
 
 
 def _line(name: str, found: Iterable[Found]) -> str:

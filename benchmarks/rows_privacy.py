@@ -56,9 +56,8 @@ def attacked_noised(device: Device) -> Iterator[Found]:
     """The same under differential privacy and without a floor, over many draws of noise where tokens are few."""
     trained = train(device)
     for draw in range(-(-LEAST_TOKENS // device.distinct)):
-        sent = send_noised(
-            trained.delta, clip_norm=1.0, noise_multiplier=NOISE_MULTIPLIER, label=f"device/0/{draw}"
-        )  # fmt: skip
+        how = {"clip_norm": 1.0, "noise_multiplier": NOISE_MULTIPLIER, "sequence": draw}
+        sent = send_noised(trained.delta, trained.distinct, **how)
         yield from attack(trained, sent)
 
 

@@ -54,7 +54,7 @@ def test_noise_stops_every_attack():
     for distinct, draws in ((1, 60), (16, 6)):
         trained = train(Device(distinct=distinct, rank=4, mode="fixed_a"))
         for draw in range(draws):
-            sent = send_noised(trained.delta, clip_norm=1.0, noise_multiplier=1.0, label=str(draw))
+            sent = send_noised(trained.delta, trained.distinct, clip_norm=1.0, noise_multiplier=1.0, sequence=draw)
             points.append((trained.device, list(attack(trained, sent))))
     assert worst(points, least_tokens=50) <= 8  # chance is 1 ± 1.3 per point of 60 tokens; twelve points
     plain = train(Device(distinct=16, rank=4, mode="fixed_a"))
