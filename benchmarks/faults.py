@@ -224,7 +224,10 @@ def _outcome(config: Path, targets: dict[str, int], chaos: Chaos) -> Outcome:
         order, duplicates = _order(fed)
         faults = Counter({kind: count for kind, count in chaos.done.items() if kind != "POST"})
         homes = [device_config(config, client, 1).home for client in targets]
-        partial = [*(fed.home / "gateway/uploads").rglob("*.part"), *(p for h in homes for p in h.glob("partials/*"))]
+        partial = [
+            *(fed.home / "gateway/uploads").rglob("*.part"),
+            *(p for h in homes for p in h.glob("sidecar/partials/*")),
+        ]
         for home in homes:
             _require_settled(home)
         if refused:
