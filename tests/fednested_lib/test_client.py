@@ -258,6 +258,30 @@ def test_stops_when_the_federation_ends(world):
     assert run(world.config(), log=world.log).updates == 1
 
 
+def test_an_update_over_the_budget_is_kept_and_leaves_at_the_next_start(world):
+    """Over the policy's rate a device begins nothing new and keeps what it has, also when the federation ends."""
+    world.publish(4)
+    training = {"max_updates": 3, "updates_per_base": 3}
+    config = world.config(training=training, policy={"min_interval_s": 3600.0})
+    with Outbox(config.home / "outbox", max_bytes=1 << 24) as outbox:
+        device = Client(config, world.log, outbox, lambda: False)
+        while device.sidecar.orders.pause != "policy":
+            assert device.sidecar.turn() is None
+            device.trainer.turn()
+        for _ in range(5):  # nothing new is begun meanwhile
+            assert device.sidecar.turn() is None
+            assert not device.trainer.turn()
+        assert len(world.records()) == 1
+        world.tell(FederationEnd(federation="fednested", chain_seq=4))
+        device.sidecar.follow()
+        assert device.sidecar.turn().reason == "federation completed"
+        assert device.sidecar.spool.waiting() == [1]
+    world.publish(5)
+    policy = {"min_interval_s": 0.0, "version": 2}
+    assert run(world.config(training=training, policy=policy), log=world.log).updates == 2
+    assert [(each.sequence, each.base_version) for each in world.envelopes()] == [(0, 4), (1, 4), (2, 5)]
+
+
 def test_an_old_end_sent_again_stops_nobody(world):
     """Whoever may append can repeat a signed end; a device that holds a newer model, or saw it announced, works on."""
     world.publish(0)
