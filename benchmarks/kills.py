@@ -71,7 +71,6 @@ FAILPOINTS = {
 ELSEWHERE = {
     "sidecar.after_roll_back": "every snapshot loads here: tests/fednested_lib/test_client.py",
     "sidecar.after_send_again": "no log is lost here: tests/e2e/test_log_loss.py",
-    "sidecar.after_roll_back": "every model loads: tests/fednested_lib/test_client.py",
     "gateway.after_chunk": "devices speak to the broker: tests/services/test_gateway.py",
     "gateway.after_range": "devices speak to the broker: tests/services/test_gateway.py",
     "resend.after_publish": "no log is lost here: tests/e2e/test_log_loss.py",
