@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,6 +23,7 @@ from fednested_lib.finding import Finding, judge, look
 from fednested_lib.isolation import LEVELS, account, probe
 from fednested_lib.log import CONTROL
 from fednested_lib.orders import Orders, orders_path, read_note
+from fednested_lib.outbox_survey import read_survey
 from fednested_lib.policy import load_policy
 from fednested_lib.schedule import read_device, why_not
 from fednested_lib.sidecar import audit_places, check_config
@@ -136,34 +136,24 @@ def memory(config: Tier2Config) -> Iterator[Finding]:
 
 def outbox(config: Tier2Config) -> Iterator[Finding]:
     """How much waits, and was anything refused for good? Reads beside a sidecar that runs."""
-    path = config.home / "outbox" / "outbox.db"
-    if not path.exists():
+    if not (config.home / "outbox").is_dir():
         yield Finding(what="outbox", state="ok", value="nothing was sent yet")
         return
-    try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
-            counts = dict(database.execute("SELECT state, count(*) FROM updates GROUP BY state"))
-            (used,) = database.execute(
-                "SELECT coalesce(sum(payload_bytes), 0) FROM updates WHERE state != 'confirmed'"
-            ).fetchone()
-            reason = database.execute("SELECT last_error FROM updates WHERE state = 'dead' LIMIT 1").fetchone()
-    except sqlite3.Error as error:
-        yield Finding(what="outbox", state="bad", value=f"{path}: {error}", remedy="restore the file or its rights")
-        return
-    told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items())) or "empty"
+    survey = read_survey(config.home / "outbox")
+    used, dead = sum(row.payload_bytes for row in survey.rows), [row for row in survey.rows if row.state == "dead"]
     yield judge(
         "outbox",
         holds=used < config.outgoing.outbox_bytes,
-        value=f"{told}; {used} bytes",
+        value=f"{len(survey.rows)} updates that tier 1 has not settled, {used} bytes",
         bound=f"< {config.outgoing.outbox_bytes} bytes",
         remedy="let it send and wait for receipts, or raise outgoing.outbox_bytes",
     )
-    if reason is not None:
+    if dead:
         yield Finding(
             what="refused for good",
             state="warning",
-            value=f"{counts['dead']}: {reason[0]}",
-            remedy="they stay as evidence until tier 1 names them",
+            value=f"{len(dead)}, the last for: {dead[-1].last_error}",
+            remedy="`fednested tier2 outbox` lists them; they stay as evidence until tier 1 names them",
         )
 
 
