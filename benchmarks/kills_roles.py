@@ -64,7 +64,7 @@ class RandomTrainer:
     """Spools a random delta where a device would train one; equal jobs give equal deltas."""
 
     def __init__(self, config, spool):
-        self.config, self.spool = config, spool
+        self.config, self.spool, self.loaded = config, spool, None
 
     def train(self, job, _stopped) -> None:
         """Spool the update of a job."""
@@ -75,6 +75,7 @@ class RandomTrainer:
         name, model = self.config.client_id, job.model
         blobs = BlobStore(self.config.home / "blobs")
         shapes = expert_shapes(SnapshotManifest.from_json(blobs.get(model.snapshot)))
+        self.loaded = model.snapshot
         counts = {int(param.split(".")[2]): [256] * n for param, (n, _, _) in shapes.items()}
         delta = random_delta(shapes, f"{name}/{job.sequence}", RANKS[CLIENTS.index(name) % len(RANKS)])
         failpoint("trainer.after_training")

@@ -7,6 +7,7 @@ its exit code; `--debug` shows the traceback.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fednested_lib.signing import Signer
 
 ENTRY_POINTS = "fednested.commands"
-CHECKOUT_GROUPS = ("tier1", "approvals")
+CHECKOUT_GROUPS = ("tier1", "approvals", "gateway")
 CHECKOUT_REMEDY = "needs a checkout of the repository: run `make setup` there and use its .venv/bin/fednested"
 
 app = typer.Typer(
@@ -90,12 +91,43 @@ def _key(path: Path) -> Signer:
 
 @tier2.command("run-client")
 def run_client(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
-    """Run the device loop until the federation ends or the process is told to stop."""
-    from fednested_lib.client import run
+    """Run the device, as two processes, until the federation ends or it is told to stop."""
     from fednested_lib.config import load_tier2
+    from fednested_lib.supervisor import supervise
 
-    report = run(load_tier2(config))
-    typer.echo(f"stopped: {report}")
+    supervise(load_tier2(config), config, typer.echo)
+
+
+@tier2.command("sidecar")
+def sidecar(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """Run the process that sends, and sees no data; for systemd (deploy/edge/)."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.processes import run_sidecar
+
+    typer.echo(f"stopped: {run_sidecar(load_tier2(config))}")
+
+
+@tier2.command("trainer")
+def trainer(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """Run the process that trains, and needs no network; for systemd (deploy/edge/)."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.processes import run_trainer
+
+    run_trainer(load_tier2(config))
+
+
+@tier2.command("doctor")
+def doctor(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """Look at everything this device needs, and say what to do; changes nothing. Exit code 1 if something is bad."""
+    from fednested_lib.doctor import examine
+
+    states = []
+    for finding in examine(config):
+        typer.echo(finding)
+        states.append(finding.state)
+    typer.echo(f"{len(states)} findings: {states.count('bad')} bad, {states.count('warning')} warnings")
+    if "bad" in states:
+        raise typer.Exit(1)
 
 
 @tier2.command("forget-experts")
@@ -220,7 +252,11 @@ def _configure_logging() -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    sys.stderr.write(f"fednested: {line}\n")
+    supervisor = os.environ.get("FEDNESTED_LAST_WORDS")  # it says it, when both processes have ended
+    if supervisor:
+        os.write(int(supervisor), line.encode()[:4096])
+    else:
+        sys.stderr.write(f"fednested: {line}\n")
     raise SystemExit(code)
 
 

@@ -15,6 +15,7 @@ from fednested_lib.outbox import Outbox
 from fednested_lib.sidecar_loop import ClientReport, SidecarLoop
 from fednested_lib.stopping import LOOK_S, sigterm, wait
 from fednested_lib.trainer_loop import TrainerLoop
+from fednested_lib.transport import Transport, open_transport
 
 
 class Client:
@@ -22,15 +23,19 @@ class Client:
 
     Args:
         config: with absolute paths.
-        log: the update log.
+        transport: the way to tier 1; a log alone stands for it and the stores that the configuration names.
         outbox: this device's own.
         stopped: tells whether to end as soon as possible.
     """
 
-    def __init__(self, config: Tier2Config, log: UpdateLog, outbox: Outbox, stopped: Callable[[], bool]):
+    def __init__(
+        self, config: Tier2Config, transport: Transport | UpdateLog, outbox: Outbox, stopped: Callable[[], bool]
+    ):
+        if not isinstance(transport, Transport):
+            transport = open_transport(config, log=transport)
         self.config, self.outbox, self.stopped = config, outbox, stopped
         self.trainer = TrainerLoop(config, stopped)
-        self.sidecar = SidecarLoop(config, log, outbox, stopped)
+        self.sidecar = SidecarLoop(config, transport, outbox, stopped)
 
     def run(self) -> ClientReport:
         """Work until the federation ends, `max_updates` is reached or the process is told to stop."""
@@ -52,7 +57,7 @@ class Client:
     def start_job(self) -> None:
         """Write down what the next update is made from."""
         self.trainer.look()
-        self.trainer.begin()
+        self.trainer.start()
 
     def finish_job(self) -> None:
         """Train, spool and release the job; when stopped, leave it for the next start.
@@ -74,7 +79,7 @@ def run(config: Tier2Config, *, log: UpdateLog | None = None) -> ClientReport:
 
     Args:
         config: of this device.
-        log: the update log; default: the Kafka broker of the configuration.
+        log: the update log; default: what the configuration names.
 
     Raises:
         DataError: no usable text.
@@ -82,11 +87,10 @@ def run(config: Tier2Config, *, log: UpdateLog | None = None) -> ClientReport:
         SnapshotError: the published snapshot is broken.
         TrainingError: the loss is not finite.
     """
-    from fednested_lib.kafka_log import KafkaLog
-
     with ExitStack() as stack:
         outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.outgoing.outbox_bytes))
+        transport = open_transport(config, log=log)
         if log is None:
-            log = stack.enter_context(closing(KafkaLog(config.log.servers(), timeout_s=config.log.timeout_s)))
+            stack.enter_context(closing(transport))
         stopped = stack.enter_context(sigterm())
-        return Client(config, log, outbox, stopped).run()
+        return Client(config, transport, outbox, stopped).run()

@@ -17,6 +17,7 @@ from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
 from fednested_lib.snapshot import Frozen
 
+UserName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 PublicKey = Annotated[str, Field(pattern=HEX64)]
 MAX_SEED = (1 << 63) - 1  # what every random generator takes
 
@@ -36,6 +37,17 @@ class LogConfig(Section):
     def servers(self) -> str:
         """Return the bootstrap servers in force now."""
         return os.environ.get("FEDNESTED_KAFKA_BOOTSTRAP") or self.bootstrap
+
+
+class GatewayConfig(Section):
+    """Where tier 1's gateway is, who vouches for it, and this device's certificate if it is asked for one."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    timeout_s: float = Field(default=30.0, gt=0, le=600)
+    chunk_bytes: int = Field(default=1 << 20, ge=1 << 12, le=8 << 20)
 
 
 class ModelConfig(Section):
@@ -124,6 +136,41 @@ class ControlConfig(Section):
     resend_after_s: float = Field(default=600.0, gt=0, le=2_592_000)
 
 
+class EnergyConfig(Section):
+    """Energy for training per day: what the device draws while it trains, and how many watt-hours it may spend so."""
+
+    watts: float = Field(gt=0, le=1e5)
+    wh_per_day: float = Field(gt=0, le=1e6)
+
+
+class ScheduleConfig(Section):
+    """When the device may train; null means no bound, and a bound without a reading forbids (`schedule.py`)."""
+
+    power: Literal["any", "mains"] = "any"
+    min_battery_percent: float | None = Field(default=None, ge=0, le=100)
+    max_temperature_c: float | None = Field(default=None, ge=0, le=150)
+    max_load_per_core: float | None = Field(default=None, gt=0, le=1000)
+    window: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    energy: EnergyConfig | None = None
+    check_s: float = Field(default=10.0, gt=0, le=3600)
+
+
+class IsolationConfig(Section):
+    """Users that trainer and sidecar run as when `run-client` starts as root; the least isolation that will do."""
+
+    trainer_user: UserName | None = None
+    sidecar_user: UserName | None = None
+    require: Literal["none", "network", "users"] = "none"
+
+    @model_validator(mode="after")
+    def _both(self) -> IsolationConfig:
+        if (self.trainer_user is None) != (self.sidecar_user is None) or (
+            self.trainer_user is not None and self.trainer_user == self.sidecar_user
+        ):
+            raise ValueError("trainer_user and sidecar_user must be two different users, or both left out")
+        return self
+
+
 class Tier2Config(Section):
     """One device. Relative paths are relative to the file's directory."""
 
@@ -134,13 +181,17 @@ class Tier2Config(Section):
     home: Path
     data: Path
     heldout: Path | None = None
-    blobs_uri: str
-    payloads_uri: str
+    transport: Literal["kafka", "http"] = "kafka"
+    blobs_uri: str | None = None
+    payloads_uri: str | None = None
+    gateway: GatewayConfig | None = None
     log: LogConfig = LogConfig()
     control: ControlConfig
     model: ModelConfig = ModelConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     training: LocalTrainingConfig = LocalTrainingConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    isolation: IsolationConfig = IsolationConfig()
     policy: PolicyConfig
     outgoing: OutgoingConfig = OutgoingConfig()
     audit: AuditConfig = AuditConfig()
@@ -262,14 +313,29 @@ def load_tier2(path: str | os.PathLike) -> Tier2Config:
     """Load a device configuration; paths are made absolute relative to the file."""
     config = load_yaml(path, Tier2Config, command="fednested init-config tier2")
     base = Path(path).resolve().parent
+    needed = ("gateway",) if config.transport == "http" else ("blobs_uri", "payloads_uri")
+    for name in needed:
+        if getattr(config, name) is None:
+            raise ConfigError(
+                f"config file {path}: key {name} is missing: transport {config.transport} needs it "
+                "(`fednested init-config tier2` writes a full example)"
+            )
     paths = {name: base / getattr(config, name) for name in ("key", "home", "data")}
     if config.heldout is not None:
         paths["heldout"] = base / config.heldout
     paths["policy"] = config.policy.model_copy(update={"file": base / config.policy.file})
     if config.audit.anchor is not None:
         paths["audit"] = AuditConfig(anchor=base / config.audit.anchor)
-    uris = {name: resolve_uri(getattr(config, name), base) for name in ("blobs_uri", "payloads_uri")}
-    return config.model_copy(update={**paths, **uris})
+    uris = {
+        name: resolve_uri(uri, base)
+        for name in ("blobs_uri", "payloads_uri")
+        if (uri := getattr(config, name)) is not None
+    }
+    gateway = config.gateway
+    if gateway is not None:
+        files = {name: getattr(gateway, name) for name in ("ca_file", "cert_file", "key_file")}
+        gateway = gateway.model_copy(update={name: base / file for name, file in files.items() if file is not None})
+    return config.model_copy(update={**paths, **uris, "gateway": gateway})
 
 
 def resolve_uri(uri: str, base: Path) -> str:
@@ -289,6 +355,8 @@ blobs_uri: ../home/blobs        # where snapshots are fetched from (path or fssp
 payloads_uri: ../home/payloads  # where large payloads are put before their pointer is sent
 log:
   bootstrap: 127.0.0.1:9092     # FEDNESTED_KAFKA_BOOTSTRAP wins
+# transport: http               # instead of the three above: everything goes through tier 1's gateway
+# gateway: {{url: https://gateway.example, ca_file: ca.pem}}
 control:
   public_key: ""            # 64 hex digits: tier 1's public key (identity.pub); events of others are ignored
 adapters: {{rank: 8, alpha: 16.0, experts: null}}

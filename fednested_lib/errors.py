@@ -21,7 +21,9 @@
     │   ├── PolicyWait(reason)            the device's policy does not let an update leave yet (recoverable: wait)
     │   ├── AuditError                    the device's audit log was edited, shortened or cannot be verified
     │   └── PromotionBlocked              a requirement of promotion is missing
-    └── TrainingError                10   the loss is not finite
+    ├── TrainingError                10   the loss is not finite
+    ├── IsolationError               11   the device cannot keep its trainer apart as its configuration requires
+    └── ProcessEnded                 as the process   one of a device's two processes ended with an error
 
 A message has the name, the value, the bound and the remedy. Our errors are for users, `assert` is for programmers.
 """
@@ -83,9 +85,18 @@ class SnapshotError(ContractError):
 
 
 class TransportError(FednestedError):
-    """A server or store cannot be reached; trying again may help."""
+    """A server or store cannot be reached; trying again may help.
+
+    Args:
+        message: the sentence for a person.
+        retry_after_s: the server's word on how long to wait, None if it gave none.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StorageError(FednestedError):
@@ -155,3 +166,22 @@ class TrainingError(FednestedError):
     """Training produced a loss that is not finite."""
 
     exit_code = 10
+
+
+class IsolationError(FednestedError):
+    """The trainer cannot be kept apart as the configuration requires."""
+
+    exit_code = 11
+
+
+class ProcessEnded(FednestedError):
+    """One of a device's two processes ended with an error.
+
+    Args:
+        message: which one, and its last words.
+        exit_code: that it ended with; 128 and the signal if one killed it.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -23,6 +23,7 @@ from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.checkpoint import Checkpoint
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
+from fednested_lib.errors import ContractError, FednestedError, SnapshotError, TrainingError
 from fednested_lib.expert_choice import DISTINCT_PER_RANK, choice_path, kept_choice, most_adapted
 from fednested_lib.failpoints import failpoint
 from fednested_lib.fixed_a import seed_of
@@ -94,7 +95,7 @@ class LocalTrainer:
 
     def __init__(self, config: Tier2Config, blobs: BlobStore, spool: Spool):
         self.config, self.blobs, self.spool = config, blobs, spool
-        self._snapshot: str | None = None
+        self.loaded: str | None = None  # the snapshot that was built last and found fit
         self._model: nn.Module | None = None
         self._adapters: RoutedAdapters | None = None
         self._rows: dict[str, np.ndarray] = {}
@@ -198,11 +199,30 @@ class LocalTrainer:
         _log.info("trainer.trained", **vars(report))
 
     def _load(self, model: Model) -> None:
-        from fednested_lib.adapters import attach
-
-        if self._snapshot == model.snapshot:
+        """Build the model of a snapshot and see that it is fit: its loss on the device's text is finite."""
+        if self.loaded == model.snapshot:
             return
-        self._snapshot = self._model = self._adapters = None  # let go of the old model before the new one is built
+        self.loaded = self._model = self._adapters = None  # let go of the old model before the new one is built
+        try:
+            self._build(model)
+        except SnapshotError:
+            raise
+        except TrainingError as error:
+            raise SnapshotError("non_finite_loss", f"version {model.version} is not fit: {error}") from error
+        except Exception as error:  # whatever transformers, tokenizers and torch make of it
+            if isinstance(error, FednestedError) and not isinstance(error, ContractError):
+                raise
+            said = str(error).partition("\n")[0][:200]
+            raise SnapshotError(
+                "not_loadable",
+                f"version {model.version} cannot be built here ({type(error).__name__}: {said}): publish a newer one",
+            ) from error
+        self.loaded = model.snapshot
+
+    def _build(self, model: Model) -> None:
+        from fednested_lib.adapters import attach
+        from fednested_lib.training import mean_loss
+
         manifest = SnapshotManifest.from_json(self.blobs.get(model.snapshot))
         self._require_memory(manifest)
         self._rows = self._pack(manifest)
@@ -211,15 +231,20 @@ class LocalTrainer:
         seed = seed_of(model.base_digest) if how.mode == "fixed_a" else None
         spec = AdapterSpec(rank=how.rank, alpha=how.alpha, mode=how.mode, seed=seed)
         self._adapters = attach(self._model, spec, self._experts(manifest), seed=0, router_bias=how.router_bias)
+        mean_loss(self._model, self._rows["data"][: self._micro_batch_size], 1)
         self._heldout_before = self._heldout_loss()
-        self._snapshot = model.snapshot
+
+    @property
+    def _micro_batch_size(self) -> int:
+        how = self.config.training
+        return min(how.micro_batch_size or how.batch_size, how.batch_size)
 
     def _require_memory(self, manifest: SnapshotManifest) -> None:
         """Refuse a snapshot that does not fit; where experts are yet to be chosen, count the most."""
         how, limit = self.config.training, self.config.training.memory_limit_mb
         if limit is None:
             return
-        micro = min(how.micro_batch_size or how.batch_size, how.batch_size)
+        micro = self._micro_batch_size
         need = estimate(
             manifest,
             frozen=self.config.model.frozen,
@@ -264,4 +289,4 @@ class LocalTrainer:
 
         if "heldout" not in self._rows:
             return None
-        return mean_loss(self._model, self._rows["heldout"], self.config.training.batch_size)[0]
+        return mean_loss(self._model, self._rows["heldout"], self._micro_batch_size)[0]

@@ -91,6 +91,8 @@ class Status(_Note):
         job: number of the update it is making.
         snapshot: what that update is made from.
         damaged: the snapshot that it could not load.
+        unloadable: the snapshot that it could not load after its blobs were verified and fetched anew.
+        loaded: the snapshot that it loaded last and found fit: it builds, and its loss is finite.
     """
 
     format: Literal["fednested.status/1"] = "fednested.status/1"
@@ -98,6 +100,8 @@ class Status(_Note):
     job: Sequence | None = None
     snapshot: Digest | None = None
     damaged: Digest | None = None
+    unloadable: Digest | None = None
+    loaded: Digest | None = None
 
 
 _Kind = TypeVar("_Kind", bound=_Note)

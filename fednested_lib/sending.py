@@ -6,13 +6,18 @@ import random
 import time
 from collections.abc import Callable
 
-from fednested_lib.blobs import BlobStore
+import structlog
+
 from fednested_lib.config import Tier2Config
+from fednested_lib.errors import PayloadError
 from fednested_lib.events import TrainingTelemetry, sign_event
 from fednested_lib.failpoints import failpoint
-from fednested_lib.log import TELEMETRY, UpdateLog
+from fednested_lib.log import TELEMETRY
 from fednested_lib.outbox import Outbox, drain
 from fednested_lib.signing import Signer
+from fednested_lib.transport import Transport
+
+_log = structlog.get_logger(__name__)
 
 
 class Sender:
@@ -20,13 +25,13 @@ class Sender:
 
     Args:
         config: this device.
-        log: the update log.
+        transport: the way to tier 1.
         outbox: what waits.
         signer: signs telemetry; updates are signed already.
     """
 
-    def __init__(self, config: Tier2Config, log: UpdateLog, outbox: Outbox, signer: Signer):
-        self.config, self.log, self.outbox, self.signer = config, log, outbox, signer
+    def __init__(self, config: Tier2Config, transport: Transport, outbox: Outbox, signer: Signer):
+        self.config, self.transport, self.outbox, self.signer = config, transport, outbox, signer
         self._telemetry: list[TrainingTelemetry] = []
         self._jitter = random.Random()
 
@@ -47,8 +52,8 @@ class Sender:
         """
         report = drain(
             self.outbox,
-            self.log,
-            BlobStore(self.config.payloads_uri),
+            self.transport.log,
+            self.transport.payloads,
             now=time.time,
             rng=self._jitter,
             sleep=sleep,
@@ -59,5 +64,9 @@ class Sender:
         while self._telemetry and not report.left:
             event = self._telemetry[0]
             headers = sign_event(event, self.signer)
-            self.log.append(TELEMETRY, key=self.config.client_id.encode(), value=event.to_bytes(), headers=headers)
+            try:
+                key = self.config.client_id.encode()
+                self.transport.log.append(TELEMETRY, key=key, value=event.to_bytes(), headers=headers)
+            except PayloadError as error:  # nobody will ever take it, and it must not stop the device
+                _log.warning("sidecar.telemetry_refused", reason=error.reason)
             self._telemetry.pop(0)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fednested_lib.blobs import BlobStore
 from fednested_lib.config import Tier2Config
 from fednested_lib.control import ControlTopic
+from fednested_lib.envelope import Digest
 from fednested_lib.errors import OutboxFull, PayloadError, PolicyWait, StorageError, TransportError
 from fednested_lib.events import (
     Event,
@@ -31,9 +32,15 @@ from fednested_lib.events import (
     UpdatesSettled,
 )
 from fednested_lib.failpoints import failpoint
-from fednested_lib.held_models import fetch_model, prune_models, repair_model, with_newest
+from fednested_lib.held_models import (
+    fetch_model,
+    prune_models,
+    repair_model,
+    still_needed,
+    with_newest,
+    without_unloadable,
+)
 from fednested_lib.intake import Intake
-from fednested_lib.log import UpdateLog
 from fednested_lib.orders import (
     KEPT,
     Model,
@@ -54,6 +61,7 @@ from fednested_lib.signing import Signer
 from fednested_lib.spool import Spool
 from fednested_lib.state import load_state, save_state
 from fednested_lib.stopping import LOOK_S, wait
+from fednested_lib.transport import Transport
 
 FAREWELL_S = 20.0
 LOOK_AGAIN_S = 3600.0  # at an update that the policy lets wait
@@ -65,14 +73,17 @@ _log = structlog.get_logger(__name__)
 class SidecarState(BaseModel):
     """What the sidecar remembers in `sidecar/state.json`: the next free number and the snapshots that are here.
 
-    The last of `models` is the newest. `resent_seq` is the position of the chain entry for which everything was last
-    sent again.
+    The last of `models` is the one to train on. `loaded` is the snapshot that the trainer loaded last, `unloadable` the
+    one that it could not load, which is not tried again. `resent_seq` is the position of the chain entry for which
+    everything was last sent again.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     next_sequence: Sequence = 0
     models: Annotated[list[Model], Field(max_length=KEPT)] = []
+    loaded: Digest | None = None
+    unloadable: Model | None = None
     resent_seq: int = Field(default=0, ge=0)
 
 
@@ -94,20 +105,20 @@ class SidecarLoop:
 
     Args:
         config: with absolute paths.
-        log: the update log.
+        transport: the way to tier 1.
         outbox: this device's own.
         stopped: tells whether to end as soon as possible.
     """
 
-    def __init__(self, config: Tier2Config, log: UpdateLog, outbox: Outbox, stopped: Callable[[], bool]):
-        self.config, self.log, self.outbox, self.stopped = config, log, outbox, stopped
+    def __init__(self, config: Tier2Config, transport: Transport, outbox: Outbox, stopped: Callable[[], bool]):
+        self.config, self.transport, self.outbox, self.stopped = config, transport, outbox, stopped
         self.signer = Signer.load(config.key)
         self.blobs = BlobStore(config.home / "blobs")
-        self.source = BlobStore(config.blobs_uri)
+        self.source = transport.source
         self.spool = Spool(config.home / "spool")
         self.intake = Intake(open_sidecar(config, outbox, now=time.time()), self.spool, self.blobs)
-        self.sender = Sender(config, log, outbox, self.signer)
-        self.topic = ControlTopic(log, federation=config.federation, public_key=config.control.public_key)
+        self.sender = Sender(config, transport, outbox, self.signer)
+        self.topic = ControlTopic(transport.log, federation=config.federation, public_key=config.control.public_key)
         self.updates = 0
         self._held = False  # by the policy: an update that waits in the spool
         self.ended: FederationEnd | None = None
@@ -141,7 +152,7 @@ class SidecarLoop:
         """Do what there is to do now; tells when that was all that there ever will be."""
         if time.monotonic() >= self._next_look:
             self.online(self.follow)
-            self._next_look = time.monotonic() + self.config.control.poll_s
+            self._next_look = time.monotonic() + max(self.config.control.poll_s, self.transport.next_poll_s)
         status = self.hear_trainer()
         self.online(self.send)
         reason = self._reason_to_stop(status)
@@ -155,6 +166,7 @@ class SidecarLoop:
         """Do what the trainer's files ask for: repair a snapshot, let old ones go, take updates; return its status."""
         status = self._status()
         self.online(lambda: self._repair(status))
+        self._roll_back(status)
         self._let_go(status)
         self.take(status)
         return status
@@ -170,19 +182,24 @@ class SidecarLoop:
             for event in self.topic.news():
                 self._obey(event)
             self._unnamed.queue(self._newest_seq())
-            event, held = self._announced, self.model
-            if event is not None and (held is None or event.snapshot != held.snapshot):
-                model = fetch_model(event, self.source, self.blobs)
-                failpoint("sidecar.after_fetch")
-                status = self._status()
-                # The switch is this one rename; until then the old snapshot is the device's model.
-                self._save(models=with_newest(self.state.models, model, status.snapshot if status else None))
+            event = self._announced
+            if event is not None and event.snapshot not in (_name(self.model), _name(self.state.unloadable)):
+                self._switch(event)
         finally:
             self.publish()
 
+    def _switch(self, event: ModelAvailable) -> None:
+        model = fetch_model(event, self.source, self.blobs)
+        failpoint("sidecar.after_fetch")
+        status = self._status()
+        needed = (status.snapshot if status else None, self.state.loaded)
+        # The switch is this one rename; until then the old snapshot is the device's model.
+        self._save(models=with_newest(self.state.models, model, needed), unloadable=None)
+        self.transport.sweep()
+
     @property
     def model(self) -> Model | None:
-        """The newest snapshot that is here."""
+        """The snapshot to train on: the newest that is here, unless it does not load."""
         return self.state.models[-1] if self.state.models else None
 
     def publish(self, **changes: object) -> None:
@@ -220,7 +237,8 @@ class SidecarLoop:
         return event.chain_seq >= newest
 
     def _newest_seq(self) -> int:
-        return max((each.chain_seq for each in (self._announced, self.model) if each), default=0)
+        known = (self._announced, self.model, self.state.unloadable)
+        return max((each.chain_seq for each in known if each), default=0)
 
     def _status(self) -> Status | None:
         """Read what the trainer says of itself; what cannot be read says nothing."""
@@ -239,13 +257,31 @@ class SidecarLoop:
                 repair_model(model, self.source, self.blobs)
                 self.publish(repairs=self.orders.repairs + 1)
 
+    def _roll_back(self, status: Status | None) -> None:
+        """Go back to the snapshot that loaded before, if the trainer cannot load the one of the present orders."""
+        if status is None or status.unloadable is None or not self._up_to_date(status):
+            return
+        bad = next((model for model in self.state.models if model.snapshot == status.unloadable), None)
+        left = without_unloadable(self.state.models, status.unloadable, self.state.loaded)
+        if bad is None or not left:
+            return
+        self._save(models=left, unloadable=bad if bad == self.model else self.state.unloadable)
+        failpoint("sidecar.after_roll_back")
+        self.publish()
+        prune_models(left, self.source, self.blobs)
+        _log.error("sidecar.rolled_back", version=bad.version, to_version=left[-1].version)
+
     def _let_go(self, status: Status | None) -> None:
         """Delete the snapshots that the trainer, who has seen the present orders, does not need."""
-        if status is None or not self._up_to_date(status) or len(self.state.models) < 2:
+        if status is None or not self._up_to_date(status):
             return
-        *older, newest = self.state.models
-        needed = [*(model for model in older if model.snapshot == status.snapshot), newest]
-        if len(needed) <= len(older):
+        held = {model.snapshot for model in self.state.models}
+        if status.loaded in held and status.loaded != self.state.loaded:
+            self._save(loaded=status.loaded)
+        if len(held) < 2:
+            return
+        needed = still_needed(self.state.models, status.snapshot, self.state.loaded)
+        if len(needed) < len(held):
             self._save(models=needed)
             self.publish()
             prune_models(needed, self.source, self.blobs)
@@ -350,3 +386,7 @@ class SidecarLoop:
         state = self.state.model_copy(update=changes)
         save_state(self.config.home / "sidecar/state.json", state)
         self.state = state
+
+
+def _name(model: Model | None) -> str | None:
+    return model.snapshot if model else None

@@ -24,6 +24,7 @@ from fednested_lib.errors import PayloadError, SnapshotError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.local_update import Interrupted, Job, LocalTrainer
 from fednested_lib.orders import Orders, Refusal, Sequence, Status, orders_path, read_note, status_path, write_note
+from fednested_lib.schedule import Gatekeeper
 from fednested_lib.spool import Spool
 from fednested_lib.state import load_state, save_state
 from fednested_lib.stopping import LOOK_S, wait
@@ -57,23 +58,23 @@ class TrainerLoop:
     Args:
         config: with absolute paths; key, broker and stores in it are not this process's business.
         stopped: tells whether to end as soon as possible.
-        forbidden: why it must not train now, None when it may; asked before every update.
+        gatekeeper: says whether it may train now, before every update and every step; default: the configured schedule.
 
     Raises:
         DataError: the device has no text.
     """
 
-    def __init__(
-        self, config: Tier2Config, stopped: Callable[[], bool], forbidden: Callable[[], str | None] = lambda: None
-    ):
+    def __init__(self, config: Tier2Config, stopped: Callable[[], bool], gatekeeper: Gatekeeper | None = None):
         require_text(config.data)  # a device without text fails here, not after a download
-        self.config, self.stopped, self.forbidden = config, stopped, forbidden
+        self.config, self.stopped = config, stopped
+        self.gatekeeper = gatekeeper or Gatekeeper(config.schedule, config.home / "trainer/energy.json")
         self.spool = Spool(config.home / "spool")
         self.local = LocalTrainer(config, BlobStore(config.home / "blobs"), self.spool)
         self.state = load_state(config.home / "trainer/state.json", TrainerState)
         self.orders: Orders | None = None
         self._told: Status | None = None
         self._damaged: tuple[str, int] | None = None  # a snapshot that would not load, and the repairs until then
+        self._unloadable: str | None = None  # one that would not load after its repair either
         self._waits_for: str | None = None
         self._next_look = 0.0
         self.spool.keep_only(self.state.job.sequence if self.state.job else None)
@@ -151,38 +152,54 @@ class TrainerLoop:
             )
 
     def begin(self) -> bool:
-        """Choose and write down what the next update is made from, if one is wanted and allowed."""
-        how, orders = self.config.training, self.orders
-        sequence = max(self.state.next_sequence, orders.next_sequence)
+        """Begin the next update, if one is wanted and allowed."""
+        how, state, orders = self.config.training, self.state, self.orders
         if (
-            self.state.job is not None
+            state.job is not None
             or orders.model is None
             or orders.end is not None
             or orders.pause is not None
-            or (how.max_updates is not None and sequence >= how.max_updates)
-            or (self.state.counted_on == orders.model.snapshot and self.state.updates_on_model >= how.updates_per_base)
+            or (how.max_updates is not None and self._next_sequence() >= how.max_updates)
+            or (state.counted_on == orders.model.snapshot and state.updates_on_model >= how.updates_per_base)
             or not self._may_train()
         ):
             return False
-        n_rows = how.steps * how.batch_size
-        self._save(job=Job(sequence=sequence, model=orders.model, first_row=self.state.next_row, n_rows=n_rows))
-        failpoint("trainer.after_job")
+        self.start()
         return True
+
+    def start(self) -> None:
+        """Choose and write down what the next update is made from."""
+        how = self.config.training
+        job = Job(
+            sequence=self._next_sequence(),
+            model=self.orders.model,
+            first_row=self.state.next_row,
+            n_rows=how.steps * how.batch_size,
+        )
+        self._save(job=job)
+        failpoint("trainer.after_job")
+
+    def _next_sequence(self) -> int:
+        return max(self.state.next_sequence, self.orders.next_sequence)
 
     def make(self) -> bool:
         """Train the job and spool the update, if that was not done; when interrupted, leave it for the next turn."""
         job = self.state.job
         if job is None or self.spool.has(job.sequence) or self.orders.end == "cancelled" or not self._may_train():
             return False
-        if self._damaged == (job.model.snapshot, self.orders.repairs):
-            return False  # the sidecar has not repaired it yet
+        if self._damaged == (job.model.snapshot, self.orders.repairs) or self._unloadable == job.model.snapshot:
+            return False  # the sidecar has not repaired it yet, or not gone back to another
         try:
             self.local.train(job, self._interrupted)
         except Interrupted:
             return False
         except SnapshotError as error:
             if self._damaged is not None and self._damaged[0] == job.model.snapshot:
-                raise
+                if len(self.orders.kept) < 2:  # there is none to go back to
+                    raise
+                _log.error("trainer.snapshot_unloadable", version=job.model.version, reason=error.reason)
+                self._damaged, self._unloadable = None, job.model.snapshot
+                return True
             _log.warning("trainer.snapshot_damaged", version=job.model.version, reason=error.reason)
             self._damaged = (job.model.snapshot, self.orders.repairs)
             return True
@@ -190,17 +207,17 @@ class TrainerLoop:
         return True
 
     def _may_train(self) -> bool:
-        if self.stopped():
-            return False
-        reason = self.forbidden()
+        return not self.stopped() and self._goes_on(self.gatekeeper.forbids())
+
+    def _goes_on(self, reason: str | None) -> bool:
         if reason != self._waits_for:
             _log.info("trainer.waits" if reason else "trainer.goes_on", reason=reason or self._waits_for)
             self._waits_for = reason
         return reason is None
 
     def _interrupted(self) -> bool:
-        """Tell, after a step, whether to leave the job: the process ends, or the federation was cancelled."""
-        if self.stopped():
+        """Tell, after a step, whether to leave the job: told to end, not allowed to go on, federation cancelled."""
+        if self.stopped() or not self._goes_on(self.gatekeeper.forbids_next_step()):
             return True
         if time.monotonic() < self._next_look:
             return False
@@ -215,6 +232,8 @@ class TrainerLoop:
             job=job.sequence if job else None,
             snapshot=job.model.snapshot if job else None,
             damaged=self._damaged[0] if self._damaged else None,
+            unloadable=self._unloadable,
+            loaded=self.local.loaded,
         )
         if status != self._told:
             write_note(status_path(self.config.home), status)

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,7 +22,7 @@ from fednested_lib.client import Client, run
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import decode
 from fednested_lib.envelope import HEADER, Envelope, parse_envelope, verify_envelope
-from fednested_lib.errors import DataError, SnapshotError, StorageError, TrainingError, TransportError
+from fednested_lib.errors import DataError, SnapshotError, StorageError, TransportError
 from fednested_lib.events import (
     FederationEnd,
     ModelAvailable,
@@ -32,8 +33,10 @@ from fednested_lib.events import (
 )
 from fednested_lib.log import CONTROL, TELEMETRY, TOPICS, UPDATES, InMemoryLog
 from fednested_lib.outbox import Outbox
+from fednested_lib.sidecar_loop import SidecarState
 from fednested_lib.signing import Signer
 from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
+from fednested_lib.state import load_state
 from fednested_lib.telemetry import expert_tokens
 from tests.policies import pin_policy
 
@@ -67,6 +70,20 @@ class World:
             blobs=write_state_dict(self.model.state_dict(), "mixtral", self.blobs),
         )
         self.announce(manifest, chain_seq=version, federation=federation)
+        return manifest
+
+    def publish_unfit(self, version: int, fault: str) -> SnapshotManifest:
+        manifest = self.publish(version)
+        if fault == "non_finite":
+            broken = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
+            broken["model.norm.weight"][0] = float("nan")
+            changes = {"blobs": write_state_dict(broken, "mixtral", self.blobs)}
+        elif fault == "other_architecture":
+            changes = {"model_config": {**manifest.model_config, "hidden_act": "nobody knows"}}
+        else:
+            changes = {"tokenizer": self.blobs.put(b"{}")}
+        manifest = replace(manifest, **changes)
+        self.announce(manifest, chain_seq=version)
         return manifest
 
     def announce(
@@ -319,6 +336,31 @@ def test_fetches_only_what_changed_and_prunes(world):
     assert world.blobs.has(first.blobs[key])
 
 
+@pytest.mark.parametrize("fault", ["non_finite", "other_architecture", "bad_tokenizer"])
+def test_goes_back_when_a_new_snapshot_does_not_load(world, fault):
+    """A device whose newest model is unfit works on with the one before it, takes the bad one no second time, and the
+    next one as usual."""
+    first = world.publish(0)
+    run(world.config(training={"max_updates": 1}), log=world.log)
+    world.publish_unfit(1, fault)
+    options = {"updates_per_base": 2}
+    run(world.config(training={**options, "max_updates": 2}), log=world.log)
+    assert [each.base_version for each in world.envelopes()] == [0, 0]
+    state = load_state(world.directory / "home/sidecar/state.json", SidecarState)
+    assert ([model.version for model in state.models], state.unloadable.version) == ([0], 1)
+    own = {first.tokenizer, *first.blobs.values(), world.blobs.put(first.to_json())}
+    assert set(BlobStore(world.directory / "home/blobs").digests()) == own
+    Path(world.blobs.location(state.unloadable.snapshot)).unlink()
+    device = Client(world.config(), world.log, Mock(last_sequence=lambda: 1, unconfirmed=list), lambda: False)
+    device.follow()  # a restarted one asks for it no more: it is not even there
+    world.improve()
+    world.publish(2)
+    run(world.config(training={**options, "max_updates": 3}), log=world.log)
+    assert [each.base_version for each in world.envelopes()] == [0, 0, 2]
+    state = load_state(world.directory / "home/sidecar/state.json", SidecarState)
+    assert ([model.version for model in state.models], state.unloadable) == ([2], None)
+
+
 def test_heals_a_damaged_blob(world):
     """A blob that rotted on the device is fetched again; one that is broken at its source is named."""
     manifest = world.publish(0)
@@ -340,7 +382,7 @@ def test_bad_input_is_one_named_error(world):
     with torch.no_grad():
         world.model.model.norm.weight[0] = float("nan")
     world.publish(1)
-    with pytest.raises(TrainingError, match=r"loss of step 1 of 3 is nan.*training\.learning_rate"):
+    with pytest.raises(SnapshotError, match=r"version 1 is not fit: loss over .* is nan"):
         run(world.config(heldout=None), log=world.log)
     assert world.records() == []
     for room in ("trainer", "sidecar"):
