@@ -68,7 +68,7 @@ def test_aliases_and_equal_keys_in_different_sections_are_fine(tmp_path):
 )
 def test_each_transport_says_what_it_needs(tmp_path, added, removed, problem):
     """A device with half a transport does not start; file names are relative to the configuration."""
-    example = TIER2_EXAMPLE.format(client_id="romeo").replace('""', f'"{"0" * 64}"', 1)
+    example = TIER2_EXAMPLE.format(client_id="romeo", policy_key="0" * 64).replace('""', f'"{"0" * 64}"', 1)
     lines = [line for line in example.splitlines(keepends=True) if not line.startswith(removed or ("-",))]
     (tmp_path / "tier2.yaml").write_text("".join(lines) + added)
     if problem is None:
