@@ -13,6 +13,7 @@ PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 COUNT := awk '/^ *Collecting/ && ++n % 50 == 0 {print "      " n " packages found"} /^Installing/ {print "      unpacking"} {fflush()}'
 TORCH := torch==2.13.0
+PYFLYTE := $(VENV)/bin/pyflyte --pkgs workflows --pkgs launchplans
 # A changed pin or project file makes a new stamp, and so a new installation.
 STAMP ?= $(VENV)/.setup-$(shell cat constraints.txt pyproject.toml tier1/pyproject.toml | cksum | cut -d' ' -f1)
 
@@ -23,7 +24,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DATAHUB_TELEMETRY_ENABLED := false
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint imports claims wheel-test wheel figures serve-connector trigger clean
+.PHONY: help setup demo test check lint imports claims wheel-test wheel figures package serve-connector trigger clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -73,6 +74,12 @@ wheel: $(STAMP) ## Build the edge wheel into dist/
 
 figures: $(STAMP) ## Measure the claims anew (CLASS=quick|full|long, ONLY=prefix)
 	@$(PY) -m benchmarks.figures --class $(or $(CLASS),quick) $(if $(ONLY),--only '$(ONLY)')
+
+# Without a Docker daemon flytekit takes the images for built: packaging neither builds nor asks a registry.
+package: export DOCKER_HOST := unix:///dev/null
+package: $(STAMP) ## Package all workflows and launch plans into dist/flyte-package.tgz; needs no cluster
+	@mkdir -p dist
+	@$(PYFLYTE) package --copy all --output dist/flyte-package.tgz --force | tail -1
 
 serve-connector: $(STAMP) ## Serve the Kafka sensors to Flyte over gRPC (PORT=8000, METRICS_PORT=9090)
 	@$(VENV)/bin/pyflyte serve connector --port $(or $(PORT),8000) --prometheus_port $(or $(METRICS_PORT),9090) \
