@@ -34,7 +34,11 @@ SKIPPED = Settled(
 )
 
 
-@dynamic(container_image=specs.control, requests=Resources(cpu="500m", mem="1Gi"))
+@dynamic(
+    container_image=specs.control,
+    requests=Resources(cpu="500m", mem="1Gi"),
+    environment=specs.ROUTER_ENVIRONMENT,
+)
 def slow_loop(config: ConfigFile, core: bool) -> Settled:
     """Train and settle the core, or pass by."""
     if not core:
