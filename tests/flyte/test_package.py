@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flyteidl.admin import launch_plan_pb2
 
-from tests.flyte.packaged import RENEW, ROOT, SNAPSHOT, of_this_checkout, snapshot
+from tests.flyte.packaged import RENEW, ROOT, SNAPSHOT, of_this_checkout, package, read, snapshot
 
 LOOPS = (
     "core_update",
@@ -58,6 +59,7 @@ def test_a_schedule_leaves_no_input_open(entities: dict[str, Any]) -> None:
         assert plan.concurrency_policy.max == 1
         assert plan.max_parallelism >= 1
         assert plan.labels.values["fednested-loop"]
+        assert plan.security_context.run_as.k8s_service_account == "fednested"
         assert plan.entity_metadata.schedule.WhichOneof("ScheduleExpression")
 
 
@@ -84,8 +86,33 @@ def test_no_plan_activates_itself() -> None:
     """Registering from a laptop must not start a production schedule."""
     from launchplans import schedules
 
-    for plan in (schedules.fast, schedules.sensed, schedules.nightly, schedules.engine):
-        assert not plan.should_auto_activate
+    assert len(schedules.PLANS) == 4
+    assert not any(plan.should_auto_activate for plan in schedules.PLANS)
+
+
+@pytest.mark.slow
+def test_plans_carry_what_the_registering_shell_says(tmp_path: Path) -> None:
+    """One set per region, each with its own tier1.yaml, label, service account and people to notify."""
+    said = {
+        "FEDNESTED_REGIONS": "eu,us",
+        "FEDNESTED_CONFIG_URI": "s3://acme/{region}/tier1.yaml",
+        "FEDNESTED_SERVICE_ACCOUNT": "moe",
+        "FEDNESTED_NOTIFY": "ops@example.org",
+    }
+    package(tmp_path / "package.tgz", **said)
+    found = read(tmp_path / "package.tgz")
+    plans = {name: spec.spec for name, spec in found.items() if isinstance(spec, launch_plan_pb2.LaunchPlan)}
+    assert len(plans) == 8
+    for name, plan in plans.items():
+        region = name.rsplit("_", 1)[1]
+        assert plan.fixed_inputs.literals["config"].scalar.blob.uri == f"s3://acme/{region}/tier1.yaml"
+        assert plan.labels.values["fednested-region"] == region
+        assert plan.security_context.run_as.k8s_service_account == "moe"
+        (notification,) = plan.entity_metadata.notifications
+        assert list(notification.email.recipients_email) == ["ops@example.org"]
+        assert len(notification.phases) == 3
+    with pytest.raises(AssertionError, match="must contain {region}"):
+        package(tmp_path / "package.tgz", FEDNESTED_REGIONS="eu", FEDNESTED_CONFIG_URI="s3://acme/tier1.yaml")
 
 
 def test_tasks_are_bounded_and_uncached() -> None:
