@@ -112,6 +112,8 @@ register-prod: $(STAMP) ## Build images with the code in them and register (FEDN
 	@[ -z "$$(git status --porcelain)" ] || \
 	  { echo "the checkout has uncommitted changes: commit them so that VERSION=$(VERSION) can be found again" >&2; exit 2; }
 	@$(VENV)/bin/pyflyte register $(ON_FLYTE) --copy none --version '$(VERSION)' workflows launchplans
+	@$(PY) -c 'from flytekit.image_spec.image_spec import ImageBuildEngine; from images.specs import connector; \
+	  ImageBuildEngine.build(connector); print("image of connector and trigger:", connector.image_name())'
 
 activate: export PLAN := $(PLAN)
 activate: export VERSION := $(VERSION)
