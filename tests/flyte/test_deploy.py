@@ -1,4 +1,4 @@
-"""What an operator copies: values for Flyte that fit what is packaged, manifests that parse, a page whose commands run."""
+"""What an operator copies: values for Flyte that fit what is packaged, manifests, a page whose commands run."""
 
 from __future__ import annotations
 
@@ -74,11 +74,8 @@ def test_the_pods_of_the_manifests_are_those_of_plans_and_values(inline: dict[st
     assert settings["identity"]["key"].startswith(f"{mounts['keys']}/")
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "fednested-home"
     assert ("PersistentVolumeClaim", "fednested-home") in manifests
-    modules = [
-        word
-        for word in manifests["Deployment", "fednested-connector"]["spec"]["template"]["spec"]["containers"][0]["args"]
-        if word.startswith("tasks.")
-    ]
+    (connector,) = manifests["Deployment", "fednested-connector"]["spec"]["template"]["spec"]["containers"]
+    modules = [word for word in connector["args"] if word.startswith("tasks.")]
     assert modules == re.findall(r"--modules (tasks\S+)", (ROOT / "Makefile").read_text())
 
 
