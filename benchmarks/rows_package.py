@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from benchmarks.registry import Reading, figure
-from tests.flyte.packaged import SNAPSHOT, package, read, snapshot
+from tests.flyte.absent import BLOCKER
+from tests.flyte.packaged import PYFLYTE, SNAPSHOT, package, read, snapshot
 
 REPEATS = 5
+# What a GPU host has and a registering host needs not; `torch` itself is the CPU build here.
+GPU_ONLY = ("deepspeed", "triton", "nvidia", "cuda", "pynvml", "flash_attn")
+PACKAGE = "from flytekit.clis.sdk_in_container.pyflyte import main; main()"
 
 
 @figure("package.wall", unit="s", bound="<= 10", cls="full")
@@ -19,9 +26,20 @@ def package_wall() -> Reading:
         return Reading.of([_package(Path(scratch) / "package.tgz") for _ in range(REPEATS)])
 
 
-def _package(archive: Path) -> float:
+@figure("package.cpu_only", unit="1", bound=">= 40", cls="full")
+def package_cpu_only() -> float:
+    """Tasks, workflows and plans packaged with a CPU torch, where CUDA packages and deepspeed cannot be imported."""
+    if torch.version.cuda is not None:
+        raise RuntimeError(f"torch {torch.__version__} is a CUDA build: measure in an environment with the CPU build")
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / "package.tgz"
+        _package(archive, program=(sys.executable, "-c", BLOCKER.format(absent=GPU_ONLY) + PACKAGE))
+        return len(read(archive))
+
+
+def _package(archive: Path, program: tuple[str, ...] = PYFLYTE) -> float:
     began = time.perf_counter()
-    package(archive)
+    package(archive, program=program)
     took_s = time.perf_counter() - began
     if snapshot(read(archive)) != SNAPSHOT.read_text():
         raise RuntimeError("the package is not the committed one: run the tests of tests/flyte/test_package.py")

@@ -56,9 +56,8 @@ if REGIONS and "{region}" not in CONFIG:
     )
 
 
-def _plan(
-    workflow: WorkflowBase, name: str, loop: str, schedule: Schedule, region: str, **inputs: object
-) -> LaunchPlan:
+def plan(workflow: WorkflowBase, name: str, loop: str, schedule: Schedule, region: str, **inputs: object) -> LaunchPlan:
+    """Return a plan of one region as all are: one turn at a time, our service account, labels, people to notify."""
     labels = {"fednested-loop": loop} | ({"fednested-region": region} if region else {})
     return LaunchPlan.get_or_create(
         workflow,
@@ -77,10 +76,10 @@ def _plans(region: str) -> list[LaunchPlan]:
     minutes, night = timedelta(minutes=1), CronSchedule(schedule="0 2 * * *")
     asks = {"channel": "console"}
     return [
-        _plan(nested_round, "nested_round_fast", "fast", FixedRate(10 * minutes), region, core=False, **asks),
-        _plan(sensed_round, "sensed_round", "sensed", FixedRate(minutes), region, **asks),
-        _plan(nested_round, "nested_round_nightly", "nightly", night, region, core=True, **asks),
-        _plan(data_engine, "data_engine_hourly", "data-engine", FixedRate(60 * minutes), region),
+        plan(nested_round, "nested_round_fast", "fast", FixedRate(10 * minutes), region, core=False, **asks),
+        plan(sensed_round, "sensed_round", "sensed", FixedRate(minutes), region, **asks),
+        plan(nested_round, "nested_round_nightly", "nightly", night, region, core=True, **asks),
+        plan(data_engine, "data_engine_hourly", "data-engine", FixedRate(60 * minutes), region),
     ]
 
 

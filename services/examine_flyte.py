@@ -18,8 +18,8 @@ from services.flyte import calls, connect_remote, is_configured, registered_vers
 from services.trigger.launch import ROUTES
 from tier1.doctor.finding import Finding, judge, look
 
-# The plans of launchplans/schedules.py, which services cannot import; a test holds them equal.
-PLANS = (*ROUTES.values(), "sensed_round", "data_engine_hourly")
+# The plans of launchplans/, which services cannot import; a test holds them equal.
+PLANS = (*ROUTES.values(), "sensed_round", "data_engine_hourly", "core_update_8_gpu_nightly")
 REGISTER = "make register-dev or register-prod"
 
 

@@ -9,6 +9,8 @@ decided at run time and is in no package, the gate of `ask_secops` excepted, whi
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -27,15 +29,23 @@ SNAPSHOT = Path(__file__).with_name("package.yaml")
 RENEW = "python -m tests.flyte.packaged --write"
 SPECS = {1: task_pb2.TaskSpec, 2: workflow_pb2.WorkflowSpec, 3: launch_plan_pb2.LaunchPlan}
 PYFLYTE = (sys.executable, "-m", "flytekit.clis.sdk_in_container.pyflyte")
-PACKAGES = ("--pkgs", "workflows", "--pkgs", "launchplans")
+ALL = ("workflows", "launchplans")
 
 
-def package(archive: Path, *, copy: str = "all", program: tuple[str, ...] = PYFLYTE, **variables: str) -> None:
+def package(
+    archive: Path,
+    *,
+    modules: tuple[str, ...] = ALL,
+    copy: str = "all",
+    program: tuple[str, ...] = PYFLYTE,
+    **variables: str,
+) -> None:
     """Run `pyflyte package` on this checkout, without a network and without building an image."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("FEDNESTED_", "FLYTE_"))}
     # With a Docker daemon flytekit would build and push images that the registry lacks.
     environment = {**kept, "PYTHONPATH": str(ROOT), "DOCKER_HOST": "unix:///dev/null", **variables}
-    command = [*program, *PACKAGES, "package", "--copy", copy, "--output", str(archive), "--force"]
+    chosen = [word for module in modules for word in ("--pkgs", module)]
+    command = [*program, *chosen, "package", "--copy", copy, "--output", str(archive), "--force"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
@@ -162,9 +172,9 @@ def _task(template: tasks_pb2.TaskTemplate) -> dict:
     if template.HasField("container"):  # else a connector serves it, no pod
         described |= _container(template.container)
     if template.HasField("extended_resources"):
-        described["extended_resources"] = MessageToDict(template.extended_resources, preserving_proto_field_name=True)
+        described["extended_resources"] = _sorted(template.extended_resources)
     if template.custom:
-        described["custom"] = MessageToDict(template.custom)
+        described["custom"] = _sorted(template.custom)
     if secrets := template.security_context.secrets:
         described["secrets"] = [f"{secret.group}/{secret.key}" for secret in secrets]
     return described
@@ -182,10 +192,16 @@ def _container(container: tasks_pb2.Container) -> dict:
     return described | ({"environment": dict(sorted(environment.items()))} if environment else {})
 
 
+def _sorted(message: Any) -> dict:
+    """Return a message as a dictionary; the order of a map's keys is another one in every process."""
+    return json.loads(json.dumps(MessageToDict(message, preserving_proto_field_name=True), sort_keys=True))
+
+
 def _seconds(duration: Any) -> str:
     return f"{duration.seconds} s"
 
 
+@functools.cache
 def of_this_checkout() -> dict[str, Any]:
     """Package this checkout and return its entities."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -52,7 +52,8 @@ def test_every_loop_states_its_update_rule(entities: dict[str, Any]) -> None:
 def test_a_schedule_leaves_no_input_open(entities: dict[str, Any]) -> None:
     """A scheduled plan with an open input fails at its first turn; one without SKIP piles up behind a waiting gate."""
     plans = {name: spec.spec for name, spec in entities.items() if isinstance(spec, launch_plan_pb2.LaunchPlan)}
-    assert set(plans) == {"nested_round_fast", "nested_round_nightly", "sensed_round", "data_engine_hourly"}
+    rounds = {"nested_round_fast", "nested_round_nightly", "sensed_round"}
+    assert set(plans) == rounds | {"data_engine_hourly", "core_update_8_gpu_nightly"}
     for plan in plans.values():
         inputs = entities[plan.workflow_id.name].template.interface.inputs.variables
         assert set(inputs) == set(plan.fixed_inputs.literals)
@@ -84,10 +85,11 @@ def test_registering_loads_no_loop() -> None:
 
 def test_no_plan_activates_itself() -> None:
     """Registering from a laptop must not start a production schedule."""
-    from launchplans import schedules
+    from launchplans import gpu, schedules
 
-    assert len(schedules.PLANS) == 4
-    assert not any(plan.should_auto_activate for plan in schedules.PLANS)
+    plans = [*schedules.PLANS, *gpu.PLANS]
+    assert len(plans) == 5
+    assert not any(plan.should_auto_activate for plan in plans)
 
 
 @pytest.mark.slow
@@ -102,7 +104,7 @@ def test_plans_carry_what_the_registering_shell_says(tmp_path: Path) -> None:
     package(tmp_path / "package.tgz", **said)
     found = read(tmp_path / "package.tgz")
     plans = {name: spec.spec for name, spec in found.items() if isinstance(spec, launch_plan_pb2.LaunchPlan)}
-    assert len(plans) == 8
+    assert len(plans) == 10
     for name, plan in plans.items():
         region = name.rsplit("_", 1)[1]
         assert plan.fixed_inputs.literals["config"].scalar.blob.uri == f"s3://acme/{region}/tier1.yaml"
@@ -111,8 +113,9 @@ def test_plans_carry_what_the_registering_shell_says(tmp_path: Path) -> None:
         (notification,) = plan.entity_metadata.notifications
         assert list(notification.email.recipients_email) == ["ops@example.org"]
         assert len(notification.phases) == 3
+    one = {"FEDNESTED_REGIONS": "eu", "FEDNESTED_CONFIG_URI": "s3://acme/tier1.yaml"}
     with pytest.raises(AssertionError, match="must contain {region}"):
-        package(tmp_path / "package.tgz", FEDNESTED_REGIONS="eu", FEDNESTED_CONFIG_URI="s3://acme/tier1.yaml")
+        package(tmp_path / "package.tgz", modules=("launchplans.schedules",), **one)
 
 
 def test_tasks_are_bounded_and_uncached() -> None:
@@ -124,9 +127,10 @@ def test_tasks_are_bounded_and_uncached() -> None:
 
     from tasks import aggregation, data_engine, failures, promotion, publishing, training
     from tasks.control import decision
+    from tasks.gpu import train
     from workflows import nested_round
 
-    modules = (aggregation, data_engine, failures, promotion, publishing, training, decision, nested_round)
+    modules = (aggregation, data_engine, failures, promotion, publishing, training, train, decision, nested_round)
     found = [value for module in modules for value in vars(module).values() if isinstance(value, PythonFunctionTask)]
     assert len(found) >= 20
     for shell in found:

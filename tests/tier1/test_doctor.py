@@ -166,7 +166,7 @@ def test_flyte_is_asked_for_project_and_plans(config: Path, monkeypatch: pytest.
 
 def test_the_plans_that_are_asked_for_are_those_that_exist() -> None:
     """Services cannot import launch plans: the two lists are held equal here."""
-    from launchplans.schedules import PLANS as ours
+    from launchplans import gpu, schedules
     from services.examine_flyte import PLANS
 
-    assert sorted(PLANS) == sorted(plan.name for plan in ours)
+    assert sorted(PLANS) == sorted(plan.name for plan in (*schedules.PLANS, *gpu.PLANS))
