@@ -25,7 +25,7 @@ export DATAHUB_TELEMETRY_ENABLED := false
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup demo test check lint imports claims wheel-test wheel figures package images-dockerfiles register-dev register-prod \
-  activate serve-connector trigger clean
+  activate serve-connector trigger migrate-check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 20
@@ -130,6 +130,16 @@ serve-connector: $(STAMP) ## Serve the Kafka sensors to Flyte over gRPC (PORT=80
 trigger: $(STAMP) ## Launch Flyte executions for tasks on tasks.training (CONFIG=tier1.yaml, PROJECT=, DOMAIN=)
 	$(needs-flyte)
 	@$(PY) -m services.trigger --config '$(or $(CONFIG),tier1.yaml)' $(ON_FLYTE)
+
+# Flyte 2 has an environment of its own; what both need it takes from the checkout's.
+MIGRATE := .venv-migrate
+MIGRATE_PINS := flyte==2.12.1 flyte-migrate==0.0.3
+migrate-check: $(STAMP) ## Run the workflows on Flyte 2 with pyflyte-migrate, in an environment of their own (.venv-migrate)
+	@[ -x $(MIGRATE)/bin/pyflyte-migrate ] || { \
+	  $(PY) -m venv $(MIGRATE) && $(MIGRATE)/bin/pip --disable-pip-version-check install --quiet $(MIGRATE_PINS) && \
+	  $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$($(MIGRATE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/checkout.pth; }
+	@$(PY) -m tests.flyte.migrate '$(CURDIR)/$(MIGRATE)/bin/pyflyte-migrate'
 
 clean: ## Remove what builds and runs leave; the environment stays
 	rm -rf build dist runs mlruns .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info tier1/*.egg-info

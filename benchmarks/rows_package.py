@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.registry import Reading, figure
+from benchmarks.results import ROOT
 from tests.flyte.absent import BLOCKER
+from tests.flyte.migrate import documented, migrate
 from tests.flyte.packaged import PYFLYTE, SNAPSHOT, package, read, snapshot
 
 REPEATS = 5
@@ -24,6 +26,18 @@ def package_wall() -> Reading:
     """Time of `pyflyte package` of all workflows and launch plans, offline, equal to the committed snapshot."""
     with tempfile.TemporaryDirectory() as scratch:
         return Reading.of([_package(Path(scratch) / "package.tgz") for _ in range(REPEATS)])
+
+
+@figure("migrate.workflows", unit="1", bound="== 6", cls="long")
+def migrate_workflows() -> float:
+    """Workflows, of six, that pyflyte-migrate runs on Flyte 2 in a local run, with what it ignores as documented."""
+    program = ROOT / ".venv-migrate/bin/pyflyte-migrate"
+    if not program.exists():
+        raise RuntimeError(".venv-migrate is missing: run make migrate-check once, it needs a package index")
+    found = migrate(program)
+    if found.ignored != documented() or not found.elastic_refused:
+        raise RuntimeError(f"docs/flyte2.md does not fit: ignored are {', '.join(sorted(found.ignored))}")
+    return sum(found.passed.values())
 
 
 @figure("package.cpu_only", unit="1", bound=">= 40", cls="full")

@@ -1,5 +1,7 @@
-"""The workflows as `pyflyte-migrate` runs them on Flyte 2: each takes a path, because its command line hands over files
-of its own kind, which flyte-migrate 0.0.3 does not take for a FlyteFile. The workflows themselves are as they are."""
+"""The workflows as `pyflyte-migrate` runs them on Flyte 2, called with a path and otherwise as they are.
+
+The command line of Flyte 2 hands over files of its own kind, which flyte-migrate 0.0.3 does not take for a FlyteFile.
+"""
 
 from __future__ import annotations
 
