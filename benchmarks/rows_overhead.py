@@ -1,6 +1,6 @@
 """Flyte's own share of a round: wall time of the workflow less the time inside the bodies of its tasks.
 
-One nested round in this process with the demo's model, a fifth of its core update and four devices' updates: the demo's
+One nested round in this process with the demo's model, a fifteenth of its core update and four devices' updates: the demo's
 structure, in less of the time that its share is measured against. What is Flyte's: building and checking nodes, types
 and literals, files, decks, and asking the question.
 """
@@ -25,7 +25,7 @@ MODEL = {"family": "mixtral", "vocab_size": 300, "config": {}}  # the words of t
 
 @figure("flyte.overhead", unit="%", bound="<= 5", cls="full")
 def flyte_overhead() -> Reading:
-    """Flyte's own share of a nested round with the demo's model, a fifth of its core update and four devices."""
+    """Flyte's own share of a nested round with the demo's model, a fifteenth of its core update and four devices."""
     from flytekit.types.file import FlyteFile
 
     from services.gates import answer_gates
@@ -35,7 +35,7 @@ def flyte_overhead() -> Reading:
 
     shares = []
     with tempfile.TemporaryDirectory() as scratch, _timed_bodies() as inside:
-        core = {"steps": 60, "batch_size": 16, "seq_len": 96, "learning_rate": 3e-3, "threads": 2}
+        core = {"steps": 20, "batch_size": 16, "seq_len": 96, "learning_rate": 3e-3, "threads": 2}
         path = make_workspace(Path(scratch), clients=CLIENTS, model=MODEL, core=core)
         config, fed = FlyteFile(str(path)), open_federation(path)
         for number in range(REPEATS + 1):
