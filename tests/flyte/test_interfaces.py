@@ -29,6 +29,7 @@ LOOPS = (
     "nested_round",
     "sensed_round",
     "data_engine",
+    "evaluate_suites",
 )
 SENSORS = {"tasks.sensors.kafka_window.kafka_window": "fednested_kafka_window"}
 
@@ -101,6 +102,10 @@ def describe(spec: object) -> dict:
 
 def describe_node(node: workflow_pb2.WorkflowSpec) -> str:
     reference = node.task_node.reference_id.name or node.workflow_node.sub_workflow_ref.name
+    if node.HasField("array_node"):
+        array, retries = node.array_node, node.array_node.node.metadata.retries.retries
+        reference = f"map {array.node.task_node.reference_id.name} at once {array.parallelism} retries {retries}"
+        reference += f" success ratio {array.min_success_ratio:g}"
     return f"{node.id} {reference} after [{', '.join(sorted(node.upstream_node_ids))}]"
 
 
@@ -175,11 +180,11 @@ def test_tasks_are_bounded_and_uncached() -> None:
     """
     from flytekit.core.python_function_task import PythonFunctionTask
 
-    from tasks import aggregation, data_engine, failures, promotion, publishing, training
+    from tasks import aggregation, data_engine, evaluation, failures, promotion, publishing, training
     from tasks.control import decision
     from workflows import nested_round
 
-    modules = (aggregation, data_engine, failures, promotion, publishing, training, decision, nested_round)
+    modules = (aggregation, data_engine, evaluation, failures, promotion, publishing, training, decision, nested_round)
     found = [value for module in modules for value in vars(module).values() if isinstance(value, PythonFunctionTask)]
     assert len(found) >= 20
     for shell in found:
