@@ -179,9 +179,7 @@ class Propeller:
     def _target(self, node: graph_pb2.Node, run: NodeRun, scope: Scope) -> literals_pb2.LiteralMap:
         target = node.WhichOneof("target")
         if target == "task_node":
-            template = self._template(node.task_node.reference_id, scope)
-            retries = node.metadata.retries.retries or template.metadata.retries.retries
-            return self._task(node, template, run, scope, retries)
+            return self._task(node, self._template(node.task_node.reference_id, scope), run, scope)
         if target == "workflow_node" and node.workflow_node.HasField("sub_workflow_ref"):
             template = scope.workflows[key_of(node.workflow_node.sub_workflow_ref)]
             return self._workflow(template, run.inputs, scope.inside(run.path))
@@ -228,7 +226,7 @@ class Propeller:
         outputs: list[literals_pb2.LiteralMap | None] = [None] * size
         problems: list[str] = []
         with ThreadPoolExecutor(array.parallelism or CORES) as pool:
-            items = [pool.submit(self._item, index, node, template, run, scope) for index in range(size)]
+            items = [pool.submit(self._item, index, array.node, template, run, scope) for index in range(size)]
             for index, item in enumerate(items):
                 try:
                     outputs[index] = item.result()
@@ -250,9 +248,7 @@ class Propeller:
         self._execution.nodes[run.path] = run
         environment = {"BATCH_JOB_ARRAY_INDEX_VAR_NAME": "FLYTE_K8S_ARRAY_INDEX", "FLYTE_K8S_ARRAY_INDEX": str(index)}
         try:
-            # The map node's own retries: what the task says does not reach its items (flyte#6800).
-            retries = node.metadata.retries.retries
-            run.outputs = self._task(node.array_node.node, template, run, scope, retries, environment)
+            run.outputs = self._task(node, template, run, scope, environment)
         except NodeFailed as failed:
             run.error, run.phase = failed.error, phases.NodeExecution.FAILED
             raise
@@ -267,10 +263,10 @@ class Propeller:
         template: tasks_pb2.TaskTemplate,
         run: NodeRun,
         scope: Scope,
-        retries: int,
         environment: dict[str, str] | None = None,
     ) -> literals_pb2.LiteralMap:
         run.task = template.id.name
+        retries = node.metadata.retries.retries or template.metadata.retries.retries
         timeout_s = node.metadata.timeout.ToTimedelta().total_seconds() or UNBOUNDED_S
         for number in itertools.count():
             began = time.monotonic()
