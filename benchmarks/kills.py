@@ -72,6 +72,8 @@ ELSEWHERE = {
     "registry.after_register": "no registry is kept: tests/e2e/tier1_process.py",
     "core.after_training": "no core is trained: tests/e2e/tier1_process.py",
     "core.after_publish": "no core is trained: tests/e2e/tier1_process.py",
+    "core.after_step": "no core is trained: tests/tier1/training/test_ranks.py",
+    "checkpoint.before_rename": "no core is trained: tests/tier1/training/test_ranks.py",
     "data_engine.after_decision": "no data engine turns: tests/tier1/loops/test_data_engine.py",
     "data_engine.after_request": "no data engine turns: tests/tier1/loops/test_data_engine.py",
 }
