@@ -1,6 +1,7 @@
 """Tasks that measure a candidate suite by suite; the middle one is mapped over the suites."""
 
 from datetime import timedelta
+from typing import NamedTuple
 
 from flytekit import Resources, task
 
@@ -8,19 +9,26 @@ from images import specs
 from tasks.decks import show
 from tasks.errors import retry_recoverable
 from tasks.federation import ConfigFile, opened
-from tier1.loops.records import SuiteLoss, SuitePlan, SuitesMeasured
+from tier1.loops.records import SuiteLoss, SuitesMeasured
+
+
+class Planned(NamedTuple):
+    """A candidate and its suites; outputs of their own, because Flyte maps over no list inside a dataclass."""
+
+    candidate: str
+    suites: list[str]
 
 
 @task(
     container_image=specs.control, requests=Resources(cpu="500m", mem="1Gi"), retries=3, timeout=timedelta(minutes=10)
 )
 @retry_recoverable
-def plan_suites(config: ConfigFile, candidate: str) -> SuitePlan:
+def plan_suites(config: ConfigFile, candidate: str) -> Planned:
     """Say which candidate is measured, and on which suites."""
     from tier1.loops import evaluate_suites
 
     with opened(config) as fed:
-        return evaluate_suites.plan_suites(fed, candidate)
+        return Planned(*evaluate_suites.plan_suites(fed, candidate))
 
 
 @task(container_image=specs.tier1, requests=Resources(cpu="2", mem="8Gi"), retries=3, timeout=timedelta(hours=2))
@@ -42,10 +50,10 @@ def measure_suite(config: ConfigFile, candidate: str, suite: str) -> SuiteLoss:
     deck_fields=(),
 )
 @retry_recoverable
-def collect_suites(plan: SuitePlan, losses: list[SuiteLoss | None]) -> SuitesMeasured:
+def collect_suites(candidate: str, suites: list[str], losses: list[SuiteLoss | None]) -> SuitesMeasured:
     """Say what was measured and what is missing."""
     from tier1.loops import evaluate_suites
 
-    measured = evaluate_suites.collect(plan, losses)
+    measured = evaluate_suites.collect(candidate, suites, losses)
     show("Suites", evaluate_suites.measured_html(measured))
     return measured

@@ -32,7 +32,8 @@ def evaluate_suites(config: ConfigFile, candidate: str = NEWEST) -> SuitesMeasur
     Returns:
         The losses, and the suites whose measuring failed.
     """
-    plan = plan_suites(config=config, candidate=candidate)
-    measure = partial(measure_suite, config=config, candidate=plan.candidate)
-    losses = map_task(measure, concurrency=AT_ONCE, min_success_ratio=ENOUGH)(suite=plan.suites)
-    return collect_suites(plan=plan, losses=losses.with_overrides(retries=RETRIES))
+    planned = plan_suites(config=config, candidate=candidate)
+    measure = partial(measure_suite, config=config, candidate=planned.candidate)
+    losses = map_task(measure, concurrency=AT_ONCE, min_success_ratio=ENOUGH)(suite=planned.suites)
+    losses = losses.with_overrides(retries=RETRIES)
+    return collect_suites(candidate=planned.candidate, suites=planned.suites, losses=losses)

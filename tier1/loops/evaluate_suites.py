@@ -11,14 +11,14 @@ from html import escape
 
 from tier1.federation import Federation
 from tier1.loops.evaluate_and_promote import measure, newest_candidate, suite_registry
-from tier1.loops.records import SuiteLoss, SuitePlan, SuitesMeasured
+from tier1.loops.records import SuiteLoss, SuitesMeasured
 from tier1.versions.candidates import load_candidate, snapshot_of
 
 
-def plan_suites(fed: Federation, candidate: str) -> SuitePlan:
-    """Name the candidate, the newest unsettled one if it is empty, and its suites; none of either if none waits."""
+def plan_suites(fed: Federation, candidate: str) -> tuple[str, list[str]]:
+    """Return a candidate, the newest unsettled one if it is empty, and its suites; none of either if none waits."""
     digest = candidate or newest_candidate(fed).digest
-    return SuitePlan(candidate=digest, suites=suite_registry(fed).names() if digest else [])
+    return digest, suite_registry(fed).names() if digest else []
 
 
 def measure_suite(fed: Federation, candidate: str, suite: str) -> SuiteLoss:
@@ -35,11 +35,11 @@ def measure_suite(fed: Federation, candidate: str, suite: str) -> SuiteLoss:
     return SuiteLoss(suite=suite, before=before, after=after)
 
 
-def collect(plan: SuitePlan, losses: Iterable[SuiteLoss | None]) -> SuitesMeasured:
+def collect(candidate: str, suites: Iterable[str], losses: Iterable[SuiteLoss | None]) -> SuitesMeasured:
     """Say what was measured and what is missing; None stands for a suite whose measuring failed."""
     found = sorted((loss for loss in losses if loss is not None), key=lambda loss: loss.before - loss.after)
-    missing = sorted(set(plan.suites) - {loss.suite for loss in found})
-    return SuitesMeasured(candidate=plan.candidate, losses=found, missing=missing)
+    missing = sorted(set(suites) - {loss.suite for loss in found})
+    return SuitesMeasured(candidate=candidate, losses=found, missing=missing)
 
 
 def measured_html(measured: SuitesMeasured) -> str:

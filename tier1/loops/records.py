@@ -105,14 +105,6 @@ class CandidateRef:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuitePlan:
-    """A candidate and the suites to measure it on; an empty digest means that none waits."""
-
-    candidate: str
-    suites: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
 class SuiteLoss:
     """Loss of a candidate's parent and of the candidate on one suite, nats per token; maybe not finite."""
 

@@ -30,6 +30,7 @@ class NodeRun:
         path: its id, with those of the nodes it is inside of in front.
         spec_id: its id in its graph.
         attempts: (exit status, seconds) of each pod.
+        is_array: it is a mapped task's.
     """
 
     path: str
@@ -40,6 +41,7 @@ class NodeRun:
     error: phases.ExecutionError | None = None
     task: str = ""
     attempts: list[tuple[int | None, float]] = field(default_factory=list)
+    is_array: bool = False
 
 
 @dataclass(kw_only=True)
@@ -153,5 +155,5 @@ def node_execution(execution: Execution, node: NodeRun) -> node_execution_pb2.No
     return node_execution_pb2.NodeExecution(
         id=identifier_pb2.NodeExecutionIdentifier(node_id=node.path, execution_id=execution.record.id),
         closure=closure,
-        metadata=node_execution_pb2.NodeExecutionMetaData(spec_node_id=node.spec_id),
+        metadata=node_execution_pb2.NodeExecutionMetaData(spec_node_id=node.spec_id, is_array=node.is_array),
     )

@@ -166,7 +166,8 @@ class Propeller:
         assert not todo, f"nodes {sorted(todo)} wait for each other"
 
     def _node(self, node: graph_pb2.Node, inputs: literals_pb2.LiteralMap, scope: Scope) -> literals_pb2.LiteralMap:
-        run = NodeRun(path=scope.prefix + node.id, spec_id=node.id, inputs=inputs)
+        is_array = node.WhichOneof("target") == "array_node"
+        run = NodeRun(path=scope.prefix + node.id, spec_id=node.id, inputs=inputs, is_array=is_array)
         self._execution.nodes[run.path] = run
         try:
             run.outputs = self._target(node, run, scope)
@@ -219,10 +220,10 @@ class Propeller:
         array = node.array_node
         template = self._template(array.node.task_node.reference_id, scope)
         bound = set(array.bound_inputs)
-        lists = [
-            v.collection.literals for k, v in run.inputs.literals.items() if k not in bound and v.collection.literals
-        ]
-        size = len(lists[0]) if lists else 0
+        lists = [v for k, v in run.inputs.literals.items() if k not in bound and v.HasField("collection")]
+        if not lists:  # a list inside a dataclass is a binary literal, and none to propeller
+            raise NodeFailed(failure("InvalidArrayLength", "no input array provided"))
+        size = len(lists[0].collection.literals)
         outputs: list[literals_pb2.LiteralMap | None] = [None] * size
         problems: list[str] = []
         with ThreadPoolExecutor(array.parallelism or CORES) as pool:
@@ -309,9 +310,6 @@ class Propeller:
     def _run_pod(
         self, template: tasks_pb2.TaskTemplate, run: NodeRun, number: int, timeout_s: float, extra: dict[str, str]
     ) -> tuple[Attempt, int | None]:
-        missing = [each.group for each in template.security_context.secrets if _name(each) not in self._flyte.secrets]
-        if missing:
-            return Attempt(error=failure("CreateContainerConfigError", f'secret "{missing[0]}" not found')), None
         place = self._root / run.path / str(number)
         work = self._flyte.scratch / f"{self._execution.name}-{run.path}-{number}"
         for directory in (place, work):
@@ -337,11 +335,6 @@ class Propeller:
         return {
             **base_environment(self._flyte.scratch),
             **{each.key: each.value for each in template.container.env},
-            **{
-                name: self._flyte.secrets[_name(each)]
-                for each in template.security_context.secrets
-                for name in _vars(each)
-            },
             "FLYTE_INTERNAL_EXECUTION_ID": identifier.name,
             "FLYTE_INTERNAL_EXECUTION_PROJECT": identifier.project,
             "FLYTE_INTERNAL_EXECUTION_DOMAIN": identifier.domain,
@@ -350,6 +343,7 @@ class Propeller:
             "FLYTE_INTERNAL_TASK_PROJECT": task.project,
             "FLYTE_INTERNAL_TASK_DOMAIN": task.domain,
             "FLYTE_ATTEMPT_NUMBER": str(number),
+            **self._flyte.inject(task.name, number),
         }
 
 
@@ -363,17 +357,6 @@ def _fewest(array: graph_pb2.ArrayNode, size: int) -> int:
     if criterion == "min_successes":
         return array.min_successes
     return math.ceil(array.min_success_ratio * size - 1e-6) if criterion == "min_success_ratio" else size
-
-
-def _name(secret) -> tuple[str, str]:
-    return secret.group, secret.key
-
-
-def _vars(secret) -> Iterator[str]:
-    """Yield the variables in which a pod finds a secret."""
-    yield "_FSEC_" + "_".join(part for part in _name(secret) if part).upper()
-    if secret.env_var:
-        yield secret.env_var
 
 
 def _filled(command: list[str], values: dict[str, str], work: Path) -> Iterator[str]:

@@ -39,6 +39,8 @@ from tests.flyte.stand_in.store import Store
 SERVICE = "flyteidl.service."
 FAILURE_NODE = "fn0"  # flytekit cannot place it in the workflow it fetches
 PATIENCE_S = 240.0
+# flytekit's client pings every half minute, calls or not; gRPC's default answers that with GOAWAY.
+PINGS = [("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.min_ping_interval_without_data_ms", 10_000)]
 
 
 def answering(method: Callable) -> Callable:
@@ -70,11 +72,11 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
         root: directory of everything it stores.
         pods: runs the containers.
         connectors: task type → host:port of the service that serves it.
-        secrets: (group, key) → value, for pods that ask for them.
 
     Attributes:
         rpcs: `Service/Method` → how often it was called.
         runs: name → execution.
+        inject: returns what the environment of a task's attempt has besides: (name of the task, attempt) → variables.
     """
 
     def __init__(
@@ -83,14 +85,14 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
         *,
         pods: Pods,
         connectors: Mapping[str, str] | None = None,
-        secrets: Mapping[tuple[str, str], str] | None = None,
     ):
         super().__init__(plans=())
         self.root, self.pods, self.scratch = root / "store", pods, root / "pods"
-        self.connectors, self.secrets = dict(connectors or {}), dict(secrets or {})
+        self.connectors = dict(connectors or {})
         self.catalog = Catalog(PROJECT, (DOMAIN, "staging", "production"))
         self.runs: dict[str, Execution] = {}
         self.rpcs: Counter[str] = Counter()
+        self.inject: Callable[[str, int], Mapping[str, str]] = lambda task, attempt: {}
         self._changed = threading.Condition()
         self._ahead_s = 0.0
         for directory in (self.root, self.scratch):
@@ -98,7 +100,7 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
 
     def __enter__(self) -> FlyteStandIn:
         self.store = Store(self.root)
-        self._server = grpc.server(futures.ThreadPoolExecutor(8), interceptors=[_Recorder(self.rpcs)])
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), interceptors=[_Recorder(self.rpcs)], options=PINGS)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self, self._server)
         dataproxy_pb2_grpc.add_DataProxyServiceServicer_to_server(self, self._server)
         signal_pb2_grpc.add_SignalServiceServicer_to_server(self, self._server)

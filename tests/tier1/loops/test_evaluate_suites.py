@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from fednested_lib.errors import DataError
@@ -13,7 +11,7 @@ from tier1.federation import Federation, open_federation
 from tier1.loops import evaluate_suites
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
 from tier1.loops.evaluate_and_promote import registered_suites, settle_candidate, suite_registry
-from tier1.loops.records import CandidateRef, SuiteLoss, SuitePlan
+from tier1.loops.records import CandidateRef, SuiteLoss
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +28,15 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Candid
 def test_a_suite_that_is_altered_fails_alone_and_the_gate_is_closed(folded: tuple[Federation, CandidateRef]) -> None:
     """Of three suites two are measured; the gate neither skips the third nor lets the candidate through."""
     fed, candidate = folded
-    plan = evaluate_suites.plan_suites(fed, "")
-    assert (plan.candidate, plan.suites) == (candidate.digest, ["a", "b", "plays"])
+    suites = ["a", "b", "plays"]
+    assert evaluate_suites.plan_suites(fed, "") == (candidate.digest, suites)
     copy = registered_suites(fed)["b"].path
     content = copy.read_bytes()
     copy.write_bytes(content[:-1])
-    losses = [evaluate_suites.measure_suite(fed, plan.candidate, name) for name in ("a", "plays")]
+    losses = [evaluate_suites.measure_suite(fed, candidate.digest, name) for name in ("a", "plays")]
     with pytest.raises(DataError, match="suite 'b' must have digest"):
-        evaluate_suites.measure_suite(fed, plan.candidate, "b")
-    report = evaluate_suites.collect(plan, [losses[0], None, losses[1]])
+        evaluate_suites.measure_suite(fed, candidate.digest, "b")
+    report = evaluate_suites.collect(candidate.digest, suites, [losses[0], None, losses[1]])
     assert (len(report.losses), report.missing) == (2, ["b"])
     with pytest.raises(DataError, match="suite 'b' must have digest"):
         settle_candidate(fed, candidate)
@@ -51,19 +49,18 @@ def test_the_gate_finds_what_was_measured(
 ) -> None:
     """No model is built for suites that were measured elsewhere, and the gate's figures are those."""
     fed, candidate = folded
-    plan = evaluate_suites.plan_suites(fed, "")
-    losses = {name: evaluate_suites.measure_suite(fed, plan.candidate, name) for name in plan.suites}
+    digest, suites = evaluate_suites.plan_suites(fed, "")
+    losses = {name: evaluate_suites.measure_suite(fed, digest, name) for name in suites}
     monkeypatch.setattr(measured, "build_model", None)
     assert settle_candidate(fed, candidate).status == "head"
     rows = fed.chain.entries()[-1].entry.body.tries[-1].gate.rows
     assert {row.suite: (row.before, row.after) for row in rows} == {n: (x.before, x.after) for n, x in losses.items()}
-    assert evaluate_suites.plan_suites(fed, "") == SuitePlan(candidate="", suites=[])
+    assert evaluate_suites.plan_suites(fed, "") == ("", [])
 
 
 def test_the_deck_names_what_is_missing_and_escapes_it() -> None:
     """The largest rise stands first; a name is text, never markup."""
     losses = [SuiteLoss(suite="a", before=2.0, after=1.0), SuiteLoss(suite="b", before=1.0, after=2.0), None]
-    plan = SuitePlan(candidate="c", suites=["a", "b", "<i>"])
-    html = evaluate_suites.measured_html(evaluate_suites.collect(plan, losses))
+    html = evaluate_suites.measured_html(evaluate_suites.collect("c", ["a", "b", "<i>"], losses))
     assert "Missing: &lt;i&gt;." in html
     assert html.index("<td>b</td>") < html.index("<td>a</td>")
