@@ -23,7 +23,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DATAHUB_TELEMETRY_ENABLED := false
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint imports claims wheel-test wheel figures serve-connector trigger clean
+.PHONY: help setup demo test e2e check lint imports claims wheel-test wheel figures serve-connector trigger clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -50,6 +50,9 @@ demo: $(STAMP) ## Run the nested federation on this machine (DATA=dir of *.jsonl
 
 test: $(STAMP) ## Run the tests (TESTS=path or -k expression to choose; WORKERS=0 for one process)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile $(TESTS)
+
+e2e: $(STAMP) ## Run every workflow remote, with pyflyte and a Flyte without a cluster (TESTS=-k expression to choose)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations=0 --durations-min=1 tests/e2e_flyte $(TESTS)
 
 check: lint imports claims wheel-test ## The one command before a push: lint, import arrows, README claims, the wheel
 
