@@ -143,9 +143,21 @@ class Site:
         assert f"{name} has succeeded" in said.text
         return execution
 
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Wait for something of the stand-in's; a launch that fails meanwhile, or too long a time, fails the test."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.flyte.wait(condition, 0.5):
+            assert time.monotonic() < deadline, "nothing came of it"
+            for command in self.started:
+                assert command.process.poll() in (None, 0), command.log.read_text(errors="replace")[-3000:]
+
+    def wait_for_gate(self, execution: str) -> None:
+        """Wait until an execution's gate waits."""
+        self.wait_for(lambda: (execution, GATE) in self.flyte.signals)
+
     def decide(self, verdict: str, execution: str, *arguments: str) -> None:
         """Wait until the execution asks, then answer with `fednested approvals`."""
-        self.flyte.wait_for_gate(execution, GATE)
+        self.wait_for_gate(execution)
         key = str(self.config.parent / "keys" / "approver.key")
         command = [verdict, "--config", str(self.config), "--execution", execution, "--key", key, *arguments]
         with pytest.MonkeyPatch.context() as patch:

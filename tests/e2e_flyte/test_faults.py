@@ -20,7 +20,6 @@ from tests.federation import Device, write_text
 from tests.flyte.stand_in.executions import Execution
 from tests.flyte.stand_in.server import FlyteStandIn
 from tier1.loops.evaluate_and_promote import newest_candidate, suite_registry
-from tier1.loops.records import GATE
 from tier1.versions.candidates import load_candidate
 
 STEPS, EVERY = 60, 10
@@ -114,7 +113,7 @@ def test_a_message_that_comes_twice_is_one_execution_and_a_second_round_waits(si
     first, second = (request(site, task_id) for task_id in ("t1", "t2"))
     request(site, "t1")
     trigger = site.start("python", "-m", "services.trigger", "--config", str(site.config), "--poll-s", "0.1")
-    flyte.wait_for_gate(first, GATE)
+    site.wait_for_gate(first)
     trigger.wait_for("skipped: the launch plan's concurrency policy")
     assert second not in flyte.runs
     site.decide("approve", first)

@@ -21,7 +21,6 @@ from tests.flyte.stand_in.executions import Execution
 from tests.flyte.stand_in.pods import ColdPods
 from tests.flyte.stand_in.server import FlyteStandIn
 from tier1.loops.evaluate_and_promote import newest_candidate
-from tier1.loops.records import GATE
 from tier1.versions.candidates import load_candidate
 
 DECK_LIMIT_BYTES = 100_000
@@ -39,7 +38,7 @@ def test_an_approval_by_command_makes_the_champion(site: Site, flyte: FlyteStand
     """The deck is there before the gate asks; the command's signed token passes it, and the version is crowned."""
     site.fold_core()
     launched = site.launch("evaluate_and_promote", "approved")
-    flyte.wait_for_gate("approved", GATE)
+    site.wait_for_gate("approved")
     assert "Automatic gate passed" in deck(flyte, "approved", "n1")
     key = str(site.config.parent / "keys" / "approver.key")
     said = site.call(
@@ -85,7 +84,7 @@ def test_a_gate_that_times_out_fails_the_execution(site: Site, flyte: FlyteStand
     site.crown()
     Device(site.fed, "ann").send()
     launched = site.launch("nested_round", "forgotten")
-    flyte.wait_for_gate("forgotten", GATE)
+    site.wait_for_gate("forgotten")
     flyte.pass_time(PATIENCE + timedelta(seconds=1))
     execution = flyte.wait_for_end("forgotten")
     said = launched.end()
@@ -153,7 +152,7 @@ def test_a_sensed_round_outlives_its_connector(site: Site, flyte: FlyteStandIn, 
     connector.start()
     site.crown()
     launched = site.launch("sensed_round", "sensed")
-    flyte.wait(lambda: "sensed" in flyte.runs and len(flyte.runs["sensed"].nodes) == 2, 120)
+    site.wait_for(lambda: "sensed" in flyte.runs and len(flyte.runs["sensed"].nodes) == 2)
     connector.kill()
     Device(site.fed, "ann").send()
     connector.start()

@@ -48,7 +48,7 @@ def test_an_image_that_does_not_exist_stops_the_registration(site: Site, flyte: 
 
 @pytest.mark.usefixtures("admitted")
 def test_a_launch_plan_registered_twice(site: Site, flyte: FlyteStandIn) -> None:
-    """The same again changes nothing, another one under the same version is refused, and so are inputs it does not take.
+    """The same again changes nothing; another one under the same version is refused, and so are wrong inputs.
 
     A version is for ever: what runs under it must not depend on who registered last.
     """

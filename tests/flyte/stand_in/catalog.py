@@ -71,7 +71,7 @@ class Catalog:
             known = self._entities.setdefault(key_of(request.id), request)
         if known is request:
             return
-        if _bytes(known.spec) == _bytes(request.spec):
+        if _structure(known.spec) == _structure(request.spec):
             raise Refused(
                 grpc.StatusCode.ALREADY_EXISTS, f"{kind} with identical structure already exists: {request.id.name}"
             )
@@ -173,5 +173,12 @@ def _tasks_of(node: graph_pb2.Node) -> Iterator[identifier_pb2.Identifier]:
         yield from _tasks_of(node.array_node.node)
 
 
-def _bytes(spec: object) -> bytes:
-    return spec.SerializeToString(deterministic=True)
+def _structure(spec: object) -> bytes:
+    """Return what must be equal: all but the order of upstream nodes, for flytekit takes it from a set."""
+    plain = type(spec)()
+    plain.CopyFrom(spec)
+    if isinstance(plain, workflow_pb2.WorkflowSpec):
+        for template in (plain.template, *plain.sub_workflows):
+            for node in template.nodes:
+                node.upstream_node_ids[:] = sorted(node.upstream_node_ids)
+    return plain.SerializeToString(deterministic=True)

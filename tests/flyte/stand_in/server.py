@@ -139,21 +139,6 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
         with self._changed:
             return bool(self._changed.wait_for(condition, timeout_s))
 
-    def wait_for_gate(self, execution: str, gate: str) -> None:
-        """Wait until an execution's gate waits.
-
-        Raises:
-            AssertionError: it ended before, or nothing came of it in time.
-        """
-
-        def reached() -> bool:
-            run = self.runs.get(execution)
-            return (execution, gate) in self.signals or bool(run and run.is_over)
-
-        self.wait(reached, PATIENCE_S)
-        run = self.runs.get(execution)
-        assert (execution, gate) in self.signals, f"{execution}: {run and run.phase} {run and run.error.message}"
-
     def wait_for_end(self, execution: str) -> Execution:
         """Wait until an execution is over, and return it."""
         assert self.wait(lambda: execution in self.runs and self.runs[execution].is_over, PATIENCE_S), execution
