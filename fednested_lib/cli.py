@@ -172,6 +172,34 @@ def verify_audit(
     typer.echo(str(verify_audit(log, anchor=anchor, first_key=key, noted=noted and parse_anchor(noted))))
 
 
+@tier2.command("outbox")
+def outbox(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """List what waits in the outbox, what is not settled, and what was refused for good."""
+    import time
+
+    from fednested_lib.config import load_tier2
+    from fednested_lib.outbox_survey import read_survey
+
+    typer.echo(read_survey(load_tier2(config).home / "outbox").describe(now=time.time()))
+
+
+@tier2.command("export-peft")
+def export_peft(
+    sequence: int = typer.Argument(help="number of an update that tier 1 has not settled yet"),
+    config: Path = typer.Option(..., "--config", help="tier2.yaml"),
+    directory: Path = typer.Option(..., "--to", help="directory to write; peft opens it beside the base model"),
+) -> None:
+    """Write an update as it leaves this device as a peft adapter, to look at; the device must be stopped."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.peft_export import export_update
+
+    envelope = export_update(load_tier2(config), sequence, directory)
+    typer.echo(
+        f"wrote {directory}: update {sequence}, {envelope.encoding}, rank {envelope.adapter.rank}, of version "
+        f"{envelope.base_version}"
+    )
+
+
 @messaging.command("bootstrap-topics")
 def bootstrap_topics(
     bootstrap: str = typer.Option("127.0.0.1:9092", envvar="FEDNESTED_KAFKA_BOOTSTRAP", help="host:port of the broker"),

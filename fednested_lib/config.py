@@ -81,6 +81,7 @@ class AdaptersConfig(Section):
     alpha: float = Field(default=16.0, gt=0, le=1e6)
     experts: list[Annotated[int, Field(ge=0)]] | Literal["auto"] | None = None
     budget: BudgetConfig | None = None
+    router_bias: bool = False
 
     @model_validator(mode="after")
     def _budgeted(self) -> AdaptersConfig:
@@ -95,6 +96,7 @@ class LocalTrainingConfig(Section):
     steps: int = Field(default=20, ge=2, le=100_000)
     batch_size: int = Field(default=4, ge=1, le=4096)
     micro_batch_size: int | None = Field(default=None, ge=1, le=4096)
+    memory_limit_mb: int | None = Field(default=None, ge=1, le=10_000_000)
     checkpoint_every: int | None = Field(default=None, ge=1, le=100_000)
     seq_len: int = Field(default=96, ge=8, le=8192)
     learning_rate: float = Field(default=4e-3, gt=0, le=1)
@@ -115,7 +117,7 @@ class OutgoingConfig(Section):
     """How it leaves, within the policy: encoding, rank, error feedback, room for updates that nobody confirmed yet."""
 
     encoding: Encoding = "int8"
-    rank: int | None = Field(default=None, ge=1, le=256)
+    mean_rank: float | None = Field(default=None, gt=0, le=256)
     error_feedback: bool = False
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
 

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fednested_lib.blobs import write_durable
-from fednested_lib.config import BudgetConfig
+from fednested_lib.config import AdaptersConfig, BudgetConfig
 from fednested_lib.envelope import Layer
 from fednested_lib.errors import ConfigError, DataError, StorageError
 from fednested_lib.partition import expert_param
@@ -165,6 +165,23 @@ def choose(
 def expert_bytes(layer: int, rank: int, shapes: Mapping[str, tuple[int, int, int]]) -> int:
     """Return the bytes of one expert's fp32 factors in a layer."""
     return sum(4 * rank * (d_out + d_in) for name, (_, d_out, d_in) in shapes.items() if expert_param(name)[0] == layer)
+
+
+def most_adapted(adapters: AdaptersConfig, shapes: Mapping[str, tuple[int, int, int]]) -> dict[int, int]:
+    """Return layer → how many experts are adapted at most, before a choice is made."""
+    experts = {expert_param(name)[0]: shape[0] for name, shape in shapes.items()}
+    if isinstance(adapters.experts, list):
+        return dict.fromkeys(experts, len(set(adapters.experts)))
+    if adapters.budget is None:
+        return experts
+    if adapters.budget.experts is not None:
+        return {layer: min(n, adapters.budget.experts) for layer, n in experts.items()}
+    left, most = int(adapters.budget.megabytes * 1_000_000), dict.fromkeys(experts, 0)
+    for layer, n in experts.items():
+        size = expert_bytes(layer, adapters.rank, shapes)
+        most[layer] = min(n, left // size)
+        left -= most[layer] * size
+    return most
 
 
 def choice_path(home: Path) -> Path:

@@ -1,13 +1,13 @@
 """What an update loses on its way out, by truncation of its rank and by rounding, goes into the next one.
 
     v = ΔW + e        what should leave: what was learnt, and what earlier updates of the same base lost
-    sent = Q(T_q(v))  the nearest delta of rank q (Eckart and Young 1936), rounded
+    sent = Q(T_q(v))  the nearest delta of q columns per expert on average (Eckart and Young 1936), rounded
     e ← v − sent      error feedback (Karimireddy et al. 2019, arXiv 1901.09847)
 
 Everything stays in factors: a sum of deltas is their columns side by side, s·[B₁ | B₂]·[A₁; A₂], and T_q is two thin QR
 decompositions and one SVD of a small core, never dense. The alternative, sending the lost part as extra columns of the
-next update, is exact but takes 2·q columns more for every update, which costs what truncation and rounding saved; so
-what leaves always has rank q, and what T_q takes is lost part again. That is kept to `KEPT_RANKS`·q columns.
+next update, is exact but takes up to 2·r columns more for every update, which costs what truncation and rounding saved;
+so what leaves always has q, and what T_q takes is lost part again. That is kept to `KEPT_RANKS`·r columns.
 
 In mode `fixed_a` A is no part of what is learnt: v is a sum of B alone, and there is nothing to truncate.
 
@@ -31,7 +31,7 @@ from fednested_lib.errors import ContractError, StorageError
 from fednested_lib.partition import expert_param
 from fednested_lib.signing import canonical_json
 
-KEPT_RANKS = 2  # ranks of a residual, in those of what is sent: rounding two factors of rank q errs by rank 2·q
+KEPT_RANKS = 2  # ranks of a residual, in those of the adapter: rounding two factors of rank r errs by rank 2·r
 FEEDBACK_MAX_RANK = MAX_RANK // 4  # of adapters: learnt, carried and arrived columns side by side are still an adapter
 
 
@@ -72,22 +72,60 @@ def truncated(delta: Delta, rank: int) -> Delta:
     """
     if delta.spec.rank <= rank:
         return delta
-    factors = {name: _truncated(each, rank) for name, each in delta.factors.items()}
-    return Delta(spec=_of_rank(delta.spec, rank), factors=factors)
+    parts = {name: _singular(each) for name, each in delta.factors.items()}
+    kept = {name: np.broadcast_to(np.arange(each[1].shape[1]) < rank, each[1].shape) for name, each in parts.items()}
+    return _of_parts(delta, parts, kept, rank)
 
 
-def _truncated(each: ExpertFactors, rank: int) -> ExpertFactors:
-    lora_a, lora_b = each.lora_a.astype(np.float64), each.lora_b.astype(np.float64)
-    q_b, r_b = np.linalg.qr(lora_b)
-    q_a, r_a = np.linalg.qr(lora_a.transpose(0, 2, 1))
+def shared_out(delta: Delta, mean_rank: float, max_rank: int) -> Delta:
+    """Return a delta with as many columns as `mean_rank` per expert makes, given to the experts that need them most.
+
+    The columns kept are those of most σ² per value, whatever expert they are of; the others are zeros, which cost next
+    to nothing after compression. An expert with few tokens so keeps few columns, or none.
+
+    Args:
+        delta: of mode `lora`.
+        mean_rank: columns per expert and projection, on average.
+        max_rank: most columns of one expert.
+    """
+    parts = {name: _singular(each) for name, each in delta.factors.items()}
+    kept = {name: np.zeros(singular.shape, bool) for name, (_, singular, _) in parts.items()}
+    sizes = {name: each.lora_a.shape[2] + each.lora_b.shape[1] for name, each in delta.factors.items()}
+    left = mean_rank * sum(sizes[name] * len(each.expert_ids) for name, each in delta.factors.items())
+    ranked = sorted(
+        (-float(singular[expert, column] ** 2) / sizes[name], name, expert, column)
+        for name, (_, singular, _) in parts.items()
+        for expert, column in np.ndindex(len(singular), min(max_rank, singular.shape[1]))
+        if singular[expert, column] > 0
+    )
+    for _, name, expert, column in ranked:
+        if sizes[name] <= left:
+            kept[name][expert, column] = True
+            left -= sizes[name]
+    return _of_parts(delta, parts, kept, max(1, *(int(each.sum(1).max()) for each in kept.values())))
+
+
+def _singular(each: ExpertFactors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the thin SVD of every B·A: left [n, d_out, k], σ [n, k] falling, right [n, k, d_in]."""
+    q_b, r_b = np.linalg.qr(each.lora_b.astype(np.float64))
+    q_a, r_a = np.linalg.qr(each.lora_a.astype(np.float64).transpose(0, 2, 1))
     u, singular, v = np.linalg.svd(r_b @ r_a.transpose(0, 2, 1), full_matrices=False)
-    width = min(rank, singular.shape[1])
-    root = np.sqrt(singular[:, :width])  # half to each factor, so that both round equally well
-    out_a = np.zeros((len(lora_a), rank, lora_a.shape[2]), np.float32)
-    out_b = np.zeros((len(lora_b), lora_b.shape[1], rank), np.float32)
-    out_a[:, :width] = root[:, :, None] * (v[:, :width] @ q_a.transpose(0, 2, 1))
-    out_b[:, :, :width] = (q_b @ u[:, :, :width]) * root[:, None, :]
-    return ExpertFactors(expert_ids=each.expert_ids, lora_a=out_a, lora_b=out_b)
+    return q_b @ u, singular, v @ q_a.transpose(0, 2, 1)
+
+
+def _of_parts(delta: Delta, parts: dict, kept: dict[str, np.ndarray], rank: int) -> Delta:
+    factors = {}
+    for name, each in delta.factors.items():
+        left, singular, right = parts[name]
+        width = min(rank, singular.shape[1])
+        # Half of σ to each factor, so that both round equally well.
+        root = np.sqrt(np.where(kept[name], singular, 0))[:, :width]
+        lora_a = np.zeros((len(root), rank, right.shape[2]), np.float32)
+        lora_b = np.zeros((len(root), left.shape[1], rank), np.float32)
+        lora_a[:, :width] = root[:, :, None] * right[:, :width]
+        lora_b[:, :, :width] = left[:, :, :width] * root[:, None, :]
+        factors[name] = ExpertFactors(expert_ids=each.expert_ids, lora_a=lora_a, lora_b=lora_b)
+    return Delta(spec=_of_rank(delta.spec, rank), factors=factors)
 
 
 def _of_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
@@ -103,25 +141,33 @@ def _negative(delta: Delta) -> Delta:
     return Delta(spec=delta.spec, factors=factors)
 
 
-def squeeze(target: Delta, *, rank: int | None, encoding: Encoding, seed: int, feedback: bool) -> Squeezed:
+def squeeze(
+    target: Delta, *, max_rank: int, mean_rank: float | None, encoding: Encoding, seed: int, feedback: bool
+) -> Squeezed:
     """Truncate, round and write what should leave; equal arguments give equal bytes.
 
     Args:
         target: withheld and clipped, what is carried included.
-        rank: of what leaves, at most that of the target; None keeps it.
+        max_rank: most columns of one expert, that of the adapter which was trained.
+        mean_rank: columns per expert on average; None sends `max_rank`.
         encoding: of the payload.
         seed: of the stochastic rounding.
         feedback: whether to return what is lost.
     """
     fixed = target.spec.mode == "fixed_a"
-    sent = target if rank is None or fixed else truncated(target, rank)
+    if fixed:
+        sent = target
+    elif mean_rank is None:
+        sent = truncated(target, max_rank)
+    else:
+        sent = shared_out(target, mean_rank, max_rank)
     payload = encode(sent, encoding=encoding, seed=seed)
     residual = None
     if feedback:
         arrived = decode(payload, encoding=encoding, spec=sent.spec, expert_ids=_ids(sent), shapes=_shapes(sent))
         residual = joined(target, _negative(arrived))
         if not fixed:
-            residual = truncated(residual, min(KEPT_RANKS * sent.spec.rank, MAX_RANK))
+            residual = truncated(residual, KEPT_RANKS * max_rank)
     return Squeezed(payload=payload, spec=sent.spec, residual=residual)
 
 

@@ -6,7 +6,7 @@ It never passes on what the trainer wrote; it makes it anew, in this order:
     withhold   experts that saw fewer than 4·r distinct tokens go out as zeros with tokens = 0   (their rows are
                recoverable below r distinct tokens; absence itself would tell the routing)
     clip       ΔW ← ΔW · min(1, C/‖ΔW‖_F) over all experts, by the Gram identity, never dense
-    truncate   to `outgoing.rank`, if one is given; what this and rounding take may go into the next update of the base
+    truncate   to `outgoing.mean_rank`, if given; what this and rounding take may go into the next update of the base
     round      int8, unbiased, seeded by HMAC(device key, sequence, digest): a restarted device emits the same bytes,
                and the trainer, who has no key, cannot foresee them
     bucket     token and example counts down to powers of two
@@ -129,7 +129,7 @@ def make_update(
     *,
     policy: Policy,
     encoding: Encoding,
-    rank: int | None = None,
+    mean_rank: float | None = None,
     error_feedback: bool = False,
     carried: Delta | None = None,
     federation: str,
@@ -139,7 +139,7 @@ def make_update(
 ) -> Outgoing:
     """Make the outgoing envelope and payload of a spooled update; equal arguments give equal bytes.
 
-    `rank` bounds that of what leaves, `carried` is what earlier updates of the base lost (`feedback.py`).
+    `mean_rank` bounds the columns of what leaves, `carried` is what earlier updates of the base lost (`feedback.py`).
 
     Raises:
         PayloadError: a factor is not finite.
@@ -153,7 +153,8 @@ def make_update(
         outgoing, counts, withheld = *_noised(declaration, delta, policy, signer.secret("noise"), label), 0
     squeezed = squeeze(
         outgoing,
-        rank=min(rank or declaration.adapter.rank, declaration.adapter.rank),
+        max_rank=declaration.adapter.rank,
+        mean_rank=mean_rank,
         encoding=encoding,
         seed=rounding_seed(signer.secret("rounding"), label),
         feedback=error_feedback,
@@ -378,7 +379,7 @@ class Sidecar:
             delta,
             policy=self.policy,
             encoding=how.encoding,
-            rank=how.rank,
+            mean_rank=how.mean_rank,
             error_feedback=how.error_feedback,
             carried=carried,
             **self.identity,
@@ -445,7 +446,7 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
         StorageError: the file system refuses.
     """
     policy = load_policy(config.policy.file, config.policy.public_key)
-    _check_config(policy, config)
+    check_config(policy, config)
     log, anchor = audit_places(config)
     audit = AuditLog(log, anchor=anchor)
     ledger = Ledger(config.home / "sidecar" / "ledger.db")
@@ -471,7 +472,12 @@ def audit_places(config: Tier2Config) -> tuple[Path, Path]:
     return own / "audit", config.audit.anchor or own / "anchor"
 
 
-def _check_config(policy: Policy, config: Tier2Config) -> None:
+def check_config(policy: Policy, config: Tier2Config) -> None:
+    """Refuse a configuration whose every update the policy would refuse.
+
+    Raises:
+        ConfigError: another federation, an encoding or an adapter that the policy does not list.
+    """
     if policy.federation != config.federation:
         raise ConfigError(
             f"policy {config.policy.file} is for federation {policy.federation}, this device is in "

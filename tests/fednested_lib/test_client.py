@@ -385,6 +385,19 @@ def test_goes_back_when_a_new_snapshot_does_not_load(world, fault):
     assert ([model.version for model in state.models], state.unloadable) == ([2], None)
 
 
+def test_a_kill_on_the_way_back_to_the_old_snapshot_changes_nothing(world):
+    """The way back is one rename too: killed behind it, the device goes on with the model that loads."""
+    world.publish(0)
+    run(world.config(), log=world.log)
+    world.publish_unfit(1, "non_finite")
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    process = _fork(config, world.log, "sidecar.after_roll_back")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    run(config, log=world.log)
+    assert [each.base_version for each in world.envelopes()] == [0, 0]
+
+
 def test_heals_a_damaged_blob(world):
     """A blob that rotted on the device is fetched again; one that is broken at its source is named."""
     manifest = world.publish(0)
@@ -521,6 +534,19 @@ def test_a_kill_anywhere_changes_no_byte(world):
         run(config, log=world.clone_log())
         assert _outbox(config) == expected, failpoint
         assert not list((config.home / "spool").glob("0*")), failpoint
+
+
+def test_a_kill_while_going_back_to_the_old_snapshot_changes_nothing(world):
+    """SIGKILL between the decision for the old snapshot and the orders that name it: the restarted device goes on."""
+    world.publish(0)
+    run(world.config(), log=world.log)
+    world.publish_unfit(1, "bad_tokenizer")
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    process = _fork(config, world.clone_log(), "sidecar.after_roll_back")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    run(config, log=world.log)
+    assert [(each.sequence, each.base_version) for each in world.envelopes()] == [(0, 0), (1, 0)]
 
 
 def test_sends_again_what_is_not_settled_when_tier_1_asks(world):

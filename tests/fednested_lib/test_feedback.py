@@ -11,7 +11,7 @@ from fednested_lib.audit import AuditLog
 from fednested_lib.config import OutgoingConfig
 from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors, decode, fixed_factor
 from fednested_lib.errors import StorageError
-from fednested_lib.feedback import KEPT_RANKS, Residuals, joined, squeeze, truncated
+from fednested_lib.feedback import KEPT_RANKS, Residuals, joined, shared_out, squeeze, truncated
 from fednested_lib.ledger import Ledger
 from fednested_lib.outbox import Outbox
 from fednested_lib.sidecar import Sidecar
@@ -64,17 +64,37 @@ def test_truncation_is_the_nearest_of_its_rank():
             np.testing.assert_allclose(error, np.sqrt((singular[:, rank:] ** 2).sum(1)), atol=1e-4)
 
 
+def test_columns_go_to_the_experts_that_need_them():
+    """The budget is kept, no expert has more columns than the adapter, and no other choice of columns is nearer."""
+    delta = _delta(0)
+    for name, each in delta.factors.items():
+        each.lora_b[...] *= np.array([1, 0, 4], np.float32)[:, None, None]
+        assert each.expert_ids == IDS, name
+    for mean_rank, max_rank in ((1, 4), (2, 4), (2, 2), (4, 4)):
+        sent = shared_out(delta, mean_rank, max_rank)
+        columns = {name: (np.abs(each.lora_b).max(1) > 0).sum(1) for name, each in sent.factors.items()}
+        sizes = {name: each.lora_a.shape[2] + each.lora_b.shape[1] for name, each in sent.factors.items()}
+        assert all(each[1] == 0 and each.max() <= max_rank for each in columns.values())
+        assert sent.spec.rank <= max_rank
+        spent = sum(int(each.sum()) * sizes[name] for name, each in columns.items())
+        assert spent <= mean_rank * 3 * sum(sizes.values())
+        uniform = np.linalg.norm(_dense(truncated(delta, mean_rank)) - _dense(delta))
+        if max_rank == 4:
+            assert np.linalg.norm(_dense(sent) - _dense(delta)) <= uniform + 1e-4
+    assert np.abs(_dense(shared_out(delta, 4, 4)) - _dense(delta)).max() < 1e-5
+
+
 @pytest.mark.parametrize("mode", ["lora", "fixed_a"])
 def test_sent_and_residual_make_the_target(mode):
     """What arrives and what is kept add up to what should have left, without truncation to fp32 rounding."""
     target = _delta(0, mode=mode)
-    squeezed = squeeze(target, rank=4, encoding="int4", seed=1, feedback=True)
+    squeezed = squeeze(target, max_rank=4, mean_rank=None, encoding="int4", seed=1, feedback=True)
     assert squeezed.residual.spec.rank == (4 if mode == "fixed_a" else KEPT_RANKS * 4)
     np.testing.assert_allclose(_arrived(squeezed) + _dense(squeezed.residual), _dense(target), atol=1e-5)
     assert np.linalg.norm(_dense(squeezed.residual)) > 0.02 * np.linalg.norm(_dense(target))
 
 
-@pytest.mark.parametrize(("mode", "rank"), [("lora", 4), ("lora", 2), ("fixed_a", 4)])
+@pytest.mark.parametrize(("mode", "rank"), [("lora", None), ("lora", 2), ("fixed_a", 4)])
 def test_errors_of_a_base_do_not_add_up(mode, rank):
     """Over eight updates what arrived lacks of what was learnt one update's loss; without feedback far more."""
     learnt, error = np.zeros(1), {}
@@ -83,7 +103,7 @@ def test_errors_of_a_base_do_not_add_up(mode, rank):
         for step in range(8):
             delta = _delta(1, mode=mode)  # the same every time, so that truncation always takes the same
             due = delta if carried is None else joined(delta, carried)
-            squeezed = squeeze(due, rank=rank, encoding="int4", seed=step, feedback=feedback)
+            squeezed = squeeze(due, max_rank=4, mean_rank=rank, encoding="int4", seed=step, feedback=feedback)
             carried, arrived, learnt = squeezed.residual, arrived + _arrived(squeezed), learnt + _dense(delta)
         error[feedback] = np.linalg.norm(arrived - learnt)
     assert error[True] < 0.6 * error[False]
@@ -92,7 +112,7 @@ def test_errors_of_a_base_do_not_add_up(mode, rank):
 def test_carried_only_within_base_scale_mode_and_experts(tmp_path):
     """A residual of another base, scale, mode, set of experts or of a later update is not added to anything."""
     residuals, delta = Residuals(tmp_path), _delta()
-    lost = squeeze(delta, rank=2, encoding="int4", seed=0, feedback=True).residual
+    lost = squeeze(delta, max_rank=4, mean_rank=2, encoding="int4", seed=0, feedback=True).residual
     residuals.keep(5, BASE.digest, lost)
     found = residuals.carried(6, BASE.digest, delta)
     assert all(np.array_equal(found.factors[name].lora_b, each.lora_b) for name, each in lost.factors.items())
@@ -125,7 +145,7 @@ def _held(version: int, digest: str) -> SnapshotManifest | None:
 def _sidecar(home, outbox, *, feedback: bool = True) -> Sidecar:
     return Sidecar(
         policy=make_policy(max_norm=1e6, updates_per_day=1000, min_interval_s=0.0),
-        outgoing=OutgoingConfig(encoding="int4", rank=2, error_feedback=feedback),
+        outgoing=OutgoingConfig(encoding="int4", mean_rank=2, error_feedback=feedback),
         federation="fednested",
         client_id="romeo",
         key_epoch=0,

@@ -12,7 +12,7 @@ import pytest
 from fednested_lib.adapters import merge
 from fednested_lib.blobs import BlobStore
 from fednested_lib.config import Tier2Config
-from fednested_lib.errors import DataError
+from fednested_lib.errors import ConfigError, DataError
 from fednested_lib.expert_choice import choice_path
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.frozen import FrozenWeight
@@ -219,3 +219,45 @@ def test_chosen_experts_are_adapted_and_stay(trainer, tmp_path):
     trainer.manifest, data = later, path.read_bytes()
     assert _trained(trainer, 1)[1].layers() == first.layers()
     assert path.read_bytes() == data
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(trainer, tmp_path):
+    """With a memory limit below the need no blob of the model is read; with one above it the update is made."""
+    settings = {"steps": 2, "batch_size": 2, "seq_len": 16}
+    trainer.config = _config(tmp_path, training={**settings, "memory_limit_mb": 20})
+    with pytest.raises(ConfigError, match=r"memory_limit_mb = 20, training on this model takes about \d+ "):
+        _trained(trainer, 0)
+    assert trainer._model is None
+    trainer.config = _config(tmp_path, training={**settings, "memory_limit_mb": 100_000})
+    _trained(trainer, 0)
+
+
+def test_router_bias_stays_here(trainer, tmp_path):
+    """It trains from update to update of a base; none of its values is in a file of the spool or of a report."""
+    adapters = {"rank": 2, "alpha": 4.0, "router_bias": True}
+    trainer.config = _config(tmp_path, adapters=adapters)
+    path = trainer.config.home / "trainer/router_bias.json"
+    kept = []
+    for sequence in (0, 1, 1):
+        trainer.spool.remove(sequence)
+        _, declaration, delta = _trained(trainer, sequence)
+        kept.append(json.loads(path.read_bytes()))
+        assert set(declaration.layers()) == {0, 1, 2}
+        assert len(delta.factors) == 6
+    assert kept[1]["before"] == kept[0]["after"] != kept[0]["before"]
+    assert kept[2] == kept[1]
+    values = [value for layer in kept[1]["after"].values() for value in layer]
+    assert all(values)
+    others = [each for each in trainer.config.home.rglob("*") if each.is_file() and each != path]
+    assert any("spool" in str(each) for each in others)
+    text = b"".join(each.read_bytes() for each in others)
+    raw = b"".join(bytes(each) for each in _decompressed(trainer, 1))
+    for value in values:
+        assert repr(value).encode() not in text
+        assert np.float32(value).tobytes() not in raw
+
+
+def _decompressed(trainer: LocalTrainer, sequence: int):
+    delta = trainer.spool.read(sequence, expert_shapes(trainer.manifest))[1]
+    for factors in delta.factors.values():
+        yield factors.lora_a.tobytes() + factors.lora_b.tobytes()
