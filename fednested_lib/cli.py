@@ -116,6 +116,18 @@ def trainer(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> 
     run_trainer(load_tier2(config))
 
 
+@tier2.command("forget-experts")
+def forget_experts(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """End the period of the chosen experts (`adapters.experts: auto`): the next update chooses anew."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.expert_choice import choice_path
+
+    path = choice_path(load_tier2(config).home)
+    existed = path.exists()
+    path.unlink(missing_ok=True)
+    typer.echo(f"removed {path}" if existed else f"nothing to forget: there is no {path}")
+
+
 @tier2.command("doctor")
 def doctor(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
     """Look at everything this device needs, and say what to do; changes nothing. Exit code 1 if something is bad."""
@@ -128,18 +140,6 @@ def doctor(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> N
     typer.echo(f"{len(states)} findings: {states.count('bad')} bad, {states.count('warning')} warnings")
     if "bad" in states:
         raise typer.Exit(1)
-
-
-@tier2.command("forget-experts")
-def forget_experts(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
-    """End the period of the chosen experts (`adapters.experts: auto`): the next update chooses anew."""
-    from fednested_lib.config import load_tier2
-    from fednested_lib.expert_choice import choice_path
-
-    path = choice_path(load_tier2(config).home)
-    existed = path.exists()
-    path.unlink(missing_ok=True)
-    typer.echo(f"removed {path}" if existed else f"nothing to forget: there is no {path}")
 
 
 @tier2.command("sign-policy")
@@ -170,6 +170,17 @@ def verify_audit(
 
     log, anchor = audit_places(load_tier2(config))
     typer.echo(str(verify_audit(log, anchor=anchor, first_key=key, noted=noted and parse_anchor(noted))))
+
+
+@tier2.command("outbox")
+def outbox(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """List what waits in the outbox, what is not settled, and what was refused for good."""
+    import time
+
+    from fednested_lib.config import load_tier2
+    from fednested_lib.outbox_survey import read_survey
+
+    typer.echo(read_survey(load_tier2(config).home / "outbox").describe(now=time.time()))
 
 
 @tier2.command("export-peft")

@@ -127,7 +127,9 @@ class LocalTrainer:
             bias.load(load_bias(self._bias_path, job.model.base_digest, job.sequence))
             before = bias.values()
 
-        def check(_step: int, _loss: float) -> None:
+        def check(step: int, _loss: float) -> None:
+            if step == 0:
+                _log.info("trainer.first_step", sequence=job.sequence)
             if stopped():
                 raise Interrupted
 

@@ -62,12 +62,14 @@ def norm(delta: Delta) -> float:
     Raises:
         PayloadError: reason ``non_finite``.
     """
-    for name, factors in delta.factors.items():
-        if not (np.isfinite(factors.lora_a).all() and np.isfinite(factors.lora_b).all()):
+    with np.errstate(invalid="ignore", over="ignore"):
+        squares = {name: squared_norm(each, delta.spec.scale).sum() for name, each in delta.factors.items()}
+    for name, square in squares.items():
+        if not np.isfinite(square):  # every factor is in it, and finite fp32 numbers do not overflow it
             raise PayloadError(
                 "non_finite", f"{name} has NaN or infinite factors: the update stays here; lower training.learning_rate"
             )
-    return math.sqrt(sum(float(squared_norm(factors, delta.spec.scale).sum()) for factors in delta.factors.values()))
+    return math.sqrt(sum(map(float, squares.values())))
 
 
 def withhold(delta: Delta, kept: Mapping[int, tuple[bool, ...]]) -> Delta:
@@ -278,7 +280,7 @@ class Sidecar:
         residuals: Residuals,
     ):
         self.policy, self.ledger, self.audit, self.outbox = policy, ledger, audit, outbox
-        self._who = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
+        self.identity = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
         self._outgoing, self.residuals = outgoing, residuals
 
     def release(
@@ -358,7 +360,7 @@ class Sidecar:
                 tokens=1,
                 max_loss=MAX_LOSS,
                 noise_multiplier=self.policy.dp.noise_multiplier,
-                secret=self._who["signer"].secret("telemetry"),
+                secret=self.identity["signer"].secret("telemetry"),
             )
         told = {name: round(min(max(getattr(event, name), 0.0), MAX_LOSS), 3) for name in ("loss_first", "loss_last")}
         told |= {"tokens": bucket(event.tokens), "seconds": float(f"{event.seconds:.2g}")}
@@ -380,7 +382,7 @@ class Sidecar:
             mean_rank=how.mean_rank,
             error_feedback=how.error_feedback,
             carried=carried,
-            **self._who,
+            **self.identity,
         )
 
     def _check_made(self, made: Outgoing) -> None:
@@ -444,7 +446,7 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
         StorageError: the file system refuses.
     """
     policy = load_policy(config.policy.file, config.policy.public_key)
-    _check_config(policy, config)
+    check_config(policy, config)
     log, anchor = audit_places(config)
     audit = AuditLog(log, anchor=anchor)
     ledger = Ledger(config.home / "sidecar" / "ledger.db")
@@ -470,7 +472,12 @@ def audit_places(config: Tier2Config) -> tuple[Path, Path]:
     return own / "audit", config.audit.anchor or own / "anchor"
 
 
-def _check_config(policy: Policy, config: Tier2Config) -> None:
+def check_config(policy: Policy, config: Tier2Config) -> None:
+    """Refuse a configuration whose every update the policy would refuse.
+
+    Raises:
+        ConfigError: another federation, an encoding or an adapter that the policy does not list.
+    """
     if policy.federation != config.federation:
         raise ConfigError(
             f"policy {config.policy.file} is for federation {policy.federation}, this device is in "

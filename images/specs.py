@@ -32,6 +32,7 @@ CONTROL_PACKAGES = [
 CONNECTOR_PACKAGES = [*CONTROL_PACKAGES, "grpcio-health-checking==1.85.1", "prometheus-client==0.26.0"]
 TIER1_PACKAGES = [
     *CONTROL_PACKAGES,
+    "flytekitplugins-kfpytorch==1.16.31",
     "pandas==3.1.1",
     "pandera==0.35.0",
     "pyarrow==25.0.1",

@@ -1,7 +1,6 @@
 """Tasks of the core update: may we, what do we train on, train, fold.
 
-The single-process torch trainer runs in an ordinary container; where DeepSpeed comes in, `train` becomes an `Elastic`
-task in a module of its own.
+`train` is one process in an ordinary container; on several ranks it is one of `tasks/gpu/train.py`.
 """
 
 from datetime import datetime, timedelta, timezone

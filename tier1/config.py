@@ -55,6 +55,8 @@ class CoreUpdateConfig(Section):
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
     threads: int = Field(default=2, ge=1, le=1024)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    checkpoint_every: int | None = Field(default=100, ge=1, le=1_000_000_000)
+    rank_timeout_s: float = Field(default=1800.0, ge=1, le=86_400)
 
 
 class WindowConfig(Section):

@@ -131,7 +131,8 @@ def test_every_loop_states_its_update_rule(entities: dict[str, object]) -> None:
 def test_a_schedule_leaves_no_input_open(entities: dict[str, object]) -> None:
     """A scheduled plan with an open input fails at its first turn; one without SKIP piles up behind a waiting gate."""
     plans = {name: spec.spec for name, spec in entities.items() if isinstance(spec, launch_plan_pb2.LaunchPlan)}
-    assert set(plans) == {"nested_round_fast", "nested_round_nightly", "sensed_round", "data_engine_hourly"}
+    rounds = {"nested_round_fast", "nested_round_nightly", "sensed_round"}
+    assert set(plans) == rounds | {"data_engine_hourly", "core_update_8_gpu_nightly"}
     for plan in plans.values():
         inputs = entities[plan.workflow_id.name].template.interface.inputs.variables
         assert set(inputs) == set(plan.fixed_inputs.literals)
@@ -162,9 +163,9 @@ def test_registering_loads_no_loop() -> None:
 
 def test_no_plan_activates_itself() -> None:
     """Registering from a laptop must not start a production schedule."""
-    from launchplans import schedules
+    from launchplans import gpu, schedules
 
-    for plan in (schedules.fast, schedules.sensed, schedules.nightly, schedules.engine):
+    for plan in (schedules.fast, schedules.sensed, schedules.nightly, schedules.engine, gpu.nightly_gpu):
         assert not plan.should_auto_activate
 
 
@@ -177,9 +178,10 @@ def test_tasks_are_bounded_and_uncached() -> None:
 
     from tasks import aggregation, data_engine, failures, promotion, publishing, training
     from tasks.control import decision
+    from tasks.gpu import train
     from workflows import nested_round
 
-    modules = (aggregation, data_engine, failures, promotion, publishing, training, decision, nested_round)
+    modules = (aggregation, data_engine, failures, promotion, publishing, training, train, decision, nested_round)
     found = [value for module in modules for value in vars(module).values() if isinstance(value, PythonFunctionTask)]
     assert len(found) >= 20
     for shell in found:

@@ -4,14 +4,18 @@
 
 Training takes hours while the fast loop moves head on, so its delta is published like any other update, signed and with
 the base it was trained on, and folded into whatever head is then. A run that died is started again under its own name
-and goes on where its last durable step ended.
+and goes on where its last durable step ended: published, trained, or its newest checkpoint. On several ranks each calls
+`train_delta`; rank 0 alone chooses the base, writes and publishes.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -23,9 +27,14 @@ from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.federation import Federation
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
+from tier1.training.ranks import ALONE, Ranks
 from tier1.versions.candidates import save_candidate
 from tier1.versions.dense_update import make_dense
 from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
+
+if TYPE_CHECKING:
+    from tier1.training.checkpoint import Checkpoints, Mirror
+    from tier1.training.core_update import DenseDelta
 
 log = structlog.get_logger()
 
@@ -61,43 +70,72 @@ def pack_datasets(fed: Federation, grant: TrainingGrant) -> PackedData:
     )
 
 
-def train_delta(fed: Federation, data: PackedData, run_id: str, base_version: int | None = None) -> DenseRef:
+def train_delta(
+    fed: Federation,
+    data: PackedData,
+    run_id: str,
+    base_version: int | None = None,
+    *,
+    ranks: Ranks = ALONE,
+    mirror: Mirror | None = None,
+) -> DenseRef:
     """Train from `base_version` (head when None) and publish the dense delta.
 
+    Args:
+        fed: the federation, opened by every rank.
+        data: packed text.
+        run_id: name of the run; a run that died goes on under it, from the base that it began with.
+        base_version: version to train from.
+        ranks: those that train together; each calls, and gets the same answer.
+        mirror: second place for checkpoints.
+
     Raises:
-        TrainingError: the loss is not finite; nothing is published.
-        ChainError: the chain has no such version.
+        TrainingError: the loss is not finite, or the checkpoints under this name are another run's; nothing is
+            published.
+        ChainError: the chain has no such version, or the run began from another one.
+        ConfigError: the batch does not divide among the ranks.
+        StorageError: a checkpoint or the delta cannot be written.
+        TransportError: another rank is gone, or the log does not answer.
     """
     started_ms = _now_ms()
-    place = fed.home / "dense" / f"run-{sha256_hex(run_id.encode())[:32]}.json"
-    if not place.exists():
-        update = _train(fed, data, run_id, base_version)
-        lineage = _record_run(fed, update, started_ms)
-        write_durable(place, canonical_json({"update": update.model_dump(mode="json"), "lineage": lineage}))
-        failpoint("core.after_training")
-    done = json.loads(place.read_bytes())
-    update = DenseUpdate.model_validate(done["update"])
-    if not _dense_path(fed, update.update_id).exists():
-        partition, offset = fed.log.append(DENSE, key=run_id.encode(), value=update.to_bytes(), headers={})
-        failpoint("core.after_publish")
-        dense = DenseInput(**update.model_dump(), topic=DENSE, partition=partition, offset=offset)
-        record = {"dense": dense.model_dump(mode="json"), "lineage": done["lineage"]}
-        write_durable(_dense_path(fed, update.update_id), canonical_json(record))
-    return DenseRef(update_id=update.update_id, run_id=run_id, base_version=update.base_version)
+    place = _run_path(fed, run_id, ".json")
+    if not ranks.first(place.exists):
+        base = ranks.first(lambda: _base_of(fed, run_id, base_version))
+        delta = _train(fed, data, run_id, base, ranks, mirror)
+        ranks.first(lambda: _keep(fed, delta, base, run_id, started_ms))
+    return DenseRef(**ranks.first(lambda: asdict(_publish(fed, run_id))))
 
 
-def _train(fed: Federation, data: PackedData, run_id: str, base_version: int | None) -> DenseUpdate:
-    from tier1.training.core_update import train_core_update
-    from tier1.training.data import PackedDataset
-    from tier1.training.progress import progress
-    from tier1.training.trainer import TrainSettings
-
-    state, core = fed.chain.state(), fed.config.core
+def _base_of(fed: Federation, run_id: str, base_version: int | None) -> int:
+    """Return the version that a run trains from, which its retries keep: the checkpoints are of that base."""
+    place = _run_path(fed, run_id, ".base.json")
+    if place.exists():
+        begun = json.loads(place.read_bytes())["base_version"]
+        if base_version not in (None, begun):
+            raise ChainError(
+                f"base version of run {run_id} must be {begun}, from which it began, got {base_version}: "
+                "leave it out or train under another run name"
+            )
+        return begun
+    state = fed.chain.state()
     if base_version is not None and base_version not in state.versions:
         raise ChainError(
             f"base version must be 0..{max(state.versions)}, got {base_version}: see `fednested tier1 status`"
         )
-    base = state.head if base_version is None else state.versions[base_version]
+    chosen = state.head.version if base_version is None else base_version
+    write_durable(place, canonical_json({"base_version": chosen}))
+    return chosen
+
+
+def _train(
+    fed: Federation, data: PackedData, run_id: str, base_version: int, ranks: Ranks, mirror: Mirror | None
+) -> DenseDelta:
+    from tier1.training.core_update import train_core_update
+    from tier1.training.data import PackedDataset
+    from tier1.training.progress import progress
+    from tier1.training.settings import TrainSettings
+
+    core, base = fed.config.core, fed.chain.state().versions[base_version]
     settings = TrainSettings(
         steps=core.steps,
         batch_size=core.batch_size,
@@ -113,16 +151,40 @@ def _train(fed: Federation, data: PackedData, run_id: str, base_version: int | N
         n_bytes=0,
         n_set_aside=data.n_set_aside,
     )
-    with progress(core.steps, f"core update from v{base.version}") as on_step:
-        delta = train_core_update(base.snapshot, fed.blobs, packed, settings, fed.archive, on_step=on_step)
-    log.info(
-        "core_update.trained",
-        run=run_id,
-        base=base.version,
-        loss_first=delta.report.loss_first,
-        loss_last=delta.report.loss_last,
-    )
-    return make_dense(
+    with progress(core.steps, f"core update from v{base_version}", shown=ranks.rank == 0) as on_step:
+        delta = train_core_update(
+            base.snapshot,
+            fed.blobs,
+            packed,
+            settings,
+            fed.archive,
+            ranks=ranks,
+            checkpoints=_checkpoints(fed, run_id, mirror),
+            on_step=on_step,
+        )
+    if ranks.rank == 0:
+        log.info(
+            "core_update.trained",
+            run=run_id,
+            ranks=ranks.world_size,
+            base=base_version,
+            loss_first=delta.report.loss_first,
+            loss_last=delta.report.loss_last,
+        )
+    return delta
+
+
+def _checkpoints(fed: Federation, run_id: str, mirror: Mirror | None) -> Checkpoints | None:
+    from tier1.training.checkpoint import Checkpoints
+
+    every = fed.config.core.checkpoint_every
+    return Checkpoints(directory=_run_path(fed, run_id, ".checkpoints"), every=every, mirror=mirror) if every else None
+
+
+def _keep(fed: Federation, delta: DenseDelta, base_version: int, run_id: str, started_ms: int) -> None:
+    """Sign and write down what was trained; from here on the run needs no checkpoint."""
+    base = fed.chain.state().versions[base_version]
+    update = make_dense(
         fed.signer,
         run_id=run_id,
         base_version=base.version,
@@ -133,6 +195,22 @@ def _train(fed: Federation, data: PackedData, run_id: str, base_version: int | N
         dataset_digest=delta.dataset_digest,
         trainer=fed.config.identity.principal,
     )
+    record = {"update": update.model_dump(mode="json"), "lineage": _record_run(fed, update, started_ms)}
+    write_durable(_run_path(fed, run_id, ".json"), canonical_json(record))
+    shutil.rmtree(_run_path(fed, run_id, ".checkpoints"), ignore_errors=True)
+    failpoint("core.after_training")
+
+
+def _publish(fed: Federation, run_id: str) -> DenseRef:
+    done = json.loads(_run_path(fed, run_id, ".json").read_bytes())
+    update = DenseUpdate.model_validate(done["update"])
+    if not _dense_path(fed, update.update_id).exists():
+        partition, offset = fed.log.append(DENSE, key=run_id.encode(), value=update.to_bytes(), headers={})
+        failpoint("core.after_publish")
+        dense = DenseInput(**update.model_dump(), topic=DENSE, partition=partition, offset=offset)
+        record = {"dense": dense.model_dump(mode="json"), "lineage": done["lineage"]}
+        write_durable(_dense_path(fed, update.update_id), canonical_json(record))
+    return DenseRef(update_id=update.update_id, run_id=run_id, base_version=update.base_version)
 
 
 def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[str]:
@@ -211,6 +289,10 @@ def _receipt(fed: Federation, update_id: str) -> dict:
             f"receipt {path} of dense update {update_id[:12]} was altered: delete it and run core_update again under "
             "its name"
         ) from error
+
+
+def _run_path(fed: Federation, run_id: str, suffix: str) -> Path:
+    return fed.home / "dense" / f"run-{sha256_hex(run_id.encode())[:32]}{suffix}"
 
 
 def _dense_path(fed: Federation, update_id: str) -> Path:

@@ -9,12 +9,18 @@ training is done. Nothing here knows the chain or the log.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+
+from torch import Tensor
 
 from fednested_lib.blobs import BlobStore
 from fednested_lib.snapshot import SnapshotManifest, build_model, encode_blob, read_state_dict, slice_state_dict
+from tier1.training.backends import Backend, TorchBackend
+from tier1.training.checkpoint import Checkpoints
 from tier1.training.data import PackedDataset
-from tier1.training.trainer import Backend, OnStep, TorchBackend, TrainReport, TrainSettings, dense_delta, train
+from tier1.training.ranks import ALONE, Ranks
+from tier1.training.settings import TrainSettings
+from tier1.training.trainer import OnStep, TrainReport, dense_delta, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +50,11 @@ def train_core_update(
     deltas: BlobStore,
     *,
     backend: Backend | None = None,
+    ranks: Ranks = ALONE,
+    checkpoints: Checkpoints | None = None,
     on_step: OnStep | None = None,
 ) -> DenseDelta:
-    """Train from ``base`` and store the difference.
+    """Train from ``base`` and store the difference; every rank calls and gets the same answer, rank 0 stores.
 
     Args:
         base: Snapshot to start from.
@@ -54,25 +62,34 @@ def train_core_update(
         dataset: Packed tier-1 text.
         settings: Hyper-parameters.
         deltas: Receives one blob per changed slice, cut as a snapshot is.
-        backend: Engine; one torch process by default.
+        backend: Engine; plain torch by default.
+        ranks: Those that train together.
+        checkpoints: Where the run goes on from and saves; what the run is, is added here. None is off.
         on_step: Called with step number (from 1) and loss after each step.
 
     Raises:
         SnapshotError: A blob of ``base`` is missing or corrupt.
-        TrainingError: Loss or gradient is not finite; nothing is stored.
-        StorageError: ``deltas`` cannot be written.
+        TrainingError: Loss or gradient is not finite, or the checkpoints are another run's; no delta is stored.
+        StorageError: ``deltas``, or a checkpoint, cannot be written.
+        ConfigError: The batch does not divide among the ranks.
+        TransportError: Another rank is gone.
     """
     backend = backend or TorchBackend()
     model = build_model(base, snapshots)
-    report = train(model, dataset.tokens(), settings, family=base.family, backend=backend, on_step=on_step)
-    before, after = read_state_dict(base, snapshots), backend.state_dict()
-    # A tied head is in the model's state under two names, in the snapshot under one.
-    delta = dense_delta(before, {name: after[name] for name in before}, base.family)
-    blobs = {
-        key: deltas.put(encode_blob(tensors))
-        for key, tensors in slice_state_dict(delta, base.family)
-        if any(array.any() for array in tensors.values())
-    }
+    if checkpoints:
+        checkpoints = replace(checkpoints, run=_identity(base, dataset, settings))
+    report = train(
+        model,
+        dataset.tokens(),
+        settings,
+        family=base.family,
+        backend=backend,
+        ranks=ranks,
+        checkpoints=checkpoints,
+        on_step=on_step,
+    )
+    after = backend.state_dict()
+    blobs = ranks.first(lambda: _store(base, read_state_dict(base, snapshots), after, deltas))
     return DenseDelta(
         base_version=base.version,
         base_digest=base.digest,
@@ -80,3 +97,21 @@ def train_core_update(
         dataset_digest=dataset.digest,
         report=report,
     )
+
+
+def _store(
+    base: SnapshotManifest, before: dict[str, Tensor], after: dict[str, Tensor], deltas: BlobStore
+) -> dict[str, str]:
+    # A tied head is in the model's state under two names, in the snapshot under one.
+    delta = dense_delta(before, {name: after[name] for name in before}, base.family)
+    return {
+        key: deltas.put(encode_blob(tensors))
+        for key, tensors in slice_state_dict(delta, base.family)
+        if any(array.any() for array in tensors.values())
+    }
+
+
+def _identity(base: SnapshotManifest, dataset: PackedDataset, settings: TrainSettings) -> dict:
+    """Say what a run is: whoever goes on from its checkpoints must do the same. Threads and ranks may differ."""
+    parameters = {f"settings.{key}": value for key, value in asdict(settings).items() if key != "threads"}
+    return {"base_digest": base.digest, "dataset_digest": dataset.digest, **parameters}

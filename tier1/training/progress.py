@@ -9,10 +9,13 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(steps: int, label: str) -> Iterator[Callable[[int, float], None]]:
-    """Yield a callback `(step from 1, loss)` that shows how far training is."""
+def progress(steps: int, label: str, *, shown: bool = True) -> Iterator[Callable[[int, float], None]]:
+    """Yield a callback `(step from 1, loss)` that shows how far training is, if it is to be shown."""
     from tqdm import tqdm
 
+    if not shown:
+        yield lambda step, loss: None
+        return
     started = time.monotonic()
     terminal = sys.stderr.isatty()
     with tqdm(total=steps, desc=label, unit="step", disable=not terminal, leave=True) as bar:

@@ -16,7 +16,7 @@ from fednested_lib.snapshot import (
 from tier1.training.core_update import train_core_update
 from tier1.training.data import prepare_dataset
 from tier1.training.model import initial_model
-from tier1.training.trainer import TrainSettings
+from tier1.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(steps=3, batch_size=4, learning_rate=1e-2)
 
@@ -79,7 +79,7 @@ def test_a_tied_head_is_moved_once(run):
 
 def test_a_failed_run_stores_nothing(run, tmp_path, monkeypatch):
     """Guards that a diverged training leaves no partial delta behind."""
-    monkeypatch.setattr("tier1.training.trainer.TorchBackend.step", lambda self, rows, rate: torch.nan)
+    monkeypatch.setattr("tier1.training.backends.TorchBackend.step", lambda self, rows, rate: torch.nan)
     with pytest.raises(TrainingError):
         run()
     assert not list(BlobStore(tmp_path / "payloads").digests())

@@ -7,16 +7,10 @@ import pytest
 import torch
 
 from fednested_lib.errors import DataError, PartitionError, TrainingError
+from tier1.training.backends import TorchBackend, balancing_loss, parameter_groups
 from tier1.training.model import initial_model
-from tier1.training.trainer import (
-    TorchBackend,
-    TrainSettings,
-    batches,
-    dense_delta,
-    parameter_groups,
-    schedule,
-    train,
-)
+from tier1.training.settings import TrainSettings
+from tier1.training.trainer import batches, dense_delta, schedule, train
 
 ROWS = np.random.default_rng(0).integers(0, 20, size=(24, 17)).astype(np.int32)
 
@@ -81,6 +75,19 @@ def test_the_router_loss_balances_the_experts(small_mixtral):
     assert not torch.allclose(with_aux[name], without[name])
 
 
+def test_the_router_loss_is_that_of_transformers(small_mixtral):
+    """Guards our own sum, which several ranks need, against the reference: equal to the bit, gradient included."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    layers = [torch.randn(40, 4, generator=torch.Generator().manual_seed(layer)) for layer in range(3)]
+    ours, theirs = [[layer.clone().requires_grad_() for layer in layers] for _ in range(2)]
+    loss, reference = balancing_loss(tuple(ours), 2), load_balancing_loss_func(tuple(theirs), 4, 2)
+    loss.backward()
+    reference.backward()
+    assert torch.equal(loss, reference)
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours, theirs, strict=True))
+
+
 def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_weights(small_mixtral):
     """Guards that a NaN at step 3 names the step and the remedy and leaves the weights of step 2."""
 
@@ -114,8 +121,7 @@ def test_the_schedule_warms_up_and_falls_to_a_tenth():
 
 def test_every_row_is_used_before_any_is_used_again():
     """Guards the data order: epochs without replacement, across batch boundaries."""
-    rows = np.arange(10)[:, None].repeat(3, axis=1)
-    seen = [int(row) for batch in batches(rows, settings(steps=5, batch_size=4)) for row in batch[:, 0]]
+    seen = [int(row) for batch in batches(10, settings(steps=5, batch_size=4)) for row in batch]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
 
 
