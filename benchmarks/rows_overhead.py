@@ -1,8 +1,8 @@
 """Flyte's own share of a round: wall time of the workflow less the time inside the bodies of its tasks.
 
-One nested round in this process with the demo's model, a fifteenth of its core update and four devices' updates: the demo's
-structure, in less of the time that its share is measured against. What is Flyte's: building and checking nodes, types
-and literals, files, decks, and asking the question.
+One nested round in this process with the demo's model, a fifteenth of its core update and four devices' updates: the
+demo's structure, in less of the time that its share is measured against. What is Flyte's: building and checking nodes,
+types and literals, files, decks, and asking the question.
 """
 
 from __future__ import annotations
