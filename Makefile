@@ -24,7 +24,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DATAHUB_TELEMETRY_ENABLED := false
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check lint imports claims wheel-test wheel figures package images-dockerfiles register-dev register-prod \
+.PHONY: help setup demo test e2e check lint imports claims wheel-test wheel figures package images-dockerfiles register-dev register-prod \
   activate serve-connector trigger migrate-check clean
 
 help: ## Show this list
@@ -52,6 +52,9 @@ demo: $(STAMP) ## Run the nested federation on this machine (DATA=dir of *.jsonl
 
 test: $(STAMP) ## Run the tests (TESTS=path or -k expression to choose; WORKERS=0 for one process)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile $(TESTS)
+
+e2e: $(STAMP) ## Run every workflow remote, with pyflyte and a Flyte without a cluster (TESTS=-k expression to choose)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -v --durations=0 --durations-min=1 tests/e2e_flyte $(TESTS)
 
 check: lint imports claims wheel-test ## The one command before a push: lint, import arrows, README claims, the wheel
 

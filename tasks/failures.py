@@ -89,6 +89,12 @@ def data_engine_failed(config: ConfigFile, err: FlyteError | None = None) -> Non
     _record("data_engine", config, err)
 
 
+@handler
+def evaluate_suites_failed(config: ConfigFile, candidate: str, err: FlyteError | None = None) -> None:
+    """Record that too few suites could be measured."""
+    _record("evaluate_suites", config, err)
+
+
 def _record(workflow: str, config: ConfigFile, err: FlyteError | None) -> None:
     raised = sys.exc_info()[1]  # a local run calls the handler while the error is in flight; in a pod there is none
     node = err.failed_node_id if err and raised is None else ""  # in a local run it is the handler's own

@@ -28,10 +28,12 @@ from workflows.broadcast import broadcast
 from workflows.core_update import core_update
 from workflows.data_engine import data_engine
 from workflows.evaluate_and_promote import evaluate_and_promote
+from workflows.evaluate_suites import evaluate_suites
 from workflows.nested_round import nested_round
 from workflows.sensed_round import sensed_round
 
 ALL = (core_update, aggregate_experts, evaluate_and_promote, broadcast, nested_round, sensed_round, data_engine)
+ALL += (evaluate_suites,)
 POD_ERROR = """Trace:
 
     Traceback (most recent call last):
@@ -41,6 +43,8 @@ POD_ERROR = """Trace:
 Message:
 
     Recoverable: text of a device"""
+
+GATE_OVER = "[1/0] currentAttempt done. Last Error: USER::task execution timeout [48h0m0s] expired"
 
 
 @pytest.fixture
@@ -116,11 +120,11 @@ def test_nobody_at_the_terminal_is_told_too(config: FlyteFile, fed: Federation) 
 def test_a_gate_that_times_out_is_recorded(config: FlyteFile, fed: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Propeller fails the node and calls the handler of every level: one event says Timeout, no champion changes.
 
-    The message is propeller's; the stand-in runs nothing, so no gate really waits here.
+    The message is propeller's; a gate that really waits is in tests/e2e_flyte.
     """
     in_pod(monkeypatch, "f3a1")
     before = fed.chain.state().digest
-    err = FlyteError(message="Timeout in node", failed_node_id="n2")
+    err = FlyteError(message=GATE_OVER, failed_node_id="n2")
     failures.evaluate_and_promote_failed(config=config, candidate="", channel="console", err=err)
     failures.nested_round_failed(config=config, core=False, channel="console", err=err)
     (event,) = told(fed)
@@ -213,7 +217,10 @@ def test_an_unreadable_configuration_is_said_once_and_plainly(tmp_path: Path) ->
     [
         (POD_ERROR, None, "TransportError"),
         ("Message:\n\n    PolicyDenied: no", None, "PolicyDenied"),
+        (GATE_OVER, None, "Timeout"),
+        ("[1/1] currentAttempt done. Last Error: UNKNOWN::Dynamic workflow failed", None, "Timeout"),
         ("Timeout in node", None, "Timeout"),
+        (f"{GATE_OVER}: PolicyDenied: no", None, "Other"),
         ("the OOM killer, it says PolicyDenied", None, "Other"),
         ("", ChainConflict("x"), "ChainConflict"),
         ("", ContractError("reused", "x"), "ContractError"),

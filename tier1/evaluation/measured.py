@@ -1,7 +1,8 @@
-"""Losses of a version on every registered suite, measured once per weights and suites and kept.
+"""Loss of a version on a registered suite, measured once per weights and suite and kept.
 
 The key of a measurement is everything it depends on: weights, tokenizer, suite bytes, row length and token cap. So a
-gate, a report and a registry entry show the same figures, and a second look costs nothing.
+gate, a report and a registry entry show the same figures, a second look costs nothing, and suites may be measured on
+different machines: the gate finds what is there and measures what is missing.
 """
 
 from __future__ import annotations
@@ -39,17 +40,26 @@ def measure_snapshot(
         SnapshotError: a blob is missing or corrupt.
         DataError: a suite is unusable.
     """
-    key = sha256_hex(
-        canonical_json([snapshot.digest, {name: suite.digest for name, suite in suites.items()}, seq_len, max_tokens])
-    )
-    path = reports / f"{key}.json"
-    if path.exists():
-        return {name: SuiteResult(**row) for name, row in json.loads(path.read_bytes()).items()}
-    paths = {name: suite.path for name, suite in suites.items()}
-    results = evaluate(
-        build_model(snapshot, blobs), paths, blobs.get(snapshot.tokenizer), seq_len=seq_len, max_tokens=max_tokens
-    )
-    # JSON has no NaN: a model that diverged is measured again, its loss is in no report.
-    if all(result.nats_per_token < float("inf") for result in results.values()):
-        write_durable(path, canonical_json({name: asdict(result) for name, result in results.items()}))
-    return results
+    places = {
+        name: reports / f"{_key(snapshot, suite, seq_len=seq_len, max_tokens=max_tokens)}.json"
+        for name, suite in suites.items()
+    }
+    missing = {name: suite.path for name, suite in suites.items() if not places[name].exists()}
+    measured = {}
+    if missing:
+        tokenizer = blobs.get(snapshot.tokenizer)
+        model = build_model(snapshot, blobs)
+        measured = evaluate(model, missing, tokenizer, seq_len=seq_len, max_tokens=max_tokens)
+    for name, result in measured.items():
+        # JSON has no NaN: a model that diverged is measured again, its loss is in no report.
+        if result.nats_per_token < float("inf"):
+            write_durable(places[name], canonical_json(asdict(result)))
+    return {name: measured[name] if name in missing else _read(places[name]) for name in suites}
+
+
+def _key(snapshot: SnapshotManifest, suite: Suite, *, seq_len: int, max_tokens: int) -> str:
+    return sha256_hex(canonical_json([snapshot.digest, suite.digest, seq_len, max_tokens]))
+
+
+def _read(path: Path) -> SuiteResult:
+    return SuiteResult(**json.loads(path.read_bytes()))

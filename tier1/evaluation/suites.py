@@ -94,8 +94,19 @@ class SuiteRegistry:
         Raises:
             DataError: The copy of a suite is missing or was altered.
         """
-        entries = (json.loads(path.read_bytes()) for path in sorted(self._root.glob("*.json")))
-        return {entry["name"]: self._open(entry["name"], entry["digest"]) for entry in entries}
+        return {name: self.suite(name) for name in self.names()}
+
+    def names(self) -> list[str]:
+        """Return the names of all registered suites, sorted, without a look at their copies."""
+        return sorted(json.loads(path.read_bytes())["name"] for path in self._root.glob("*.json"))
+
+    def suite(self, name: str) -> Suite:
+        """Return one registered suite.
+
+        Raises:
+            DataError: Its copy is missing or was altered.
+        """
+        return self._open(name, json.loads(self._entry(name).read_bytes())["digest"])
 
     def _entry(self, name: str) -> Path:
         return self._root / f"{name}.json"

@@ -130,14 +130,14 @@ def gate_candidate(fed: Federation, candidate: Candidate) -> GateRecord:
     return GateRecord(candidate=candidate.digest(), passed=report.passed, reason=report.reason, rows=rows)
 
 
-def measure(fed: Federation, snapshot) -> dict[str, SuiteResult]:
-    """Measure a snapshot on every suite that was ever registered."""
+def measure(fed: Federation, snapshot, suites: dict[str, Suite] | None = None) -> dict[str, SuiteResult]:
+    """Measure a snapshot on some suites; on every suite that was ever registered, if they are not named."""
     from tier1.evaluation.measured import measure_snapshot
 
     settings = fed.config.evaluation
     return measure_snapshot(
         snapshot,
-        registered_suites(fed),
+        registered_suites(fed) if suites is None else suites,
         fed.blobs,
         seq_len=settings.seq_len,
         max_tokens=settings.max_tokens,
@@ -147,9 +147,14 @@ def measure(fed: Federation, snapshot) -> dict[str, SuiteResult]:
 
 def registered_suites(fed: Federation) -> dict[str, Suite]:
     """Return every suite that was ever registered, those of the configuration included."""
+    return suite_registry(fed).suites()
+
+
+def suite_registry(fed: Federation) -> SuiteRegistry:
+    """Return the register of suites, those of the configuration included."""
     registry = SuiteRegistry(fed.home / "suites")
     registry.register(fed.config.evaluation.suites)
-    return registry.suites()
+    return registry
 
 
 def waiting_versions(fed: Federation) -> list[tuple[int, str]]:

@@ -19,8 +19,11 @@ from fednested_lib.events import ERRORS, NODE, WorkflowFailed, parse_event
 from tier1.federation import Federation
 
 PATIENCE_S = 5.0  # a log that was the reason of the failure is not waited for twice
-TIMED_OUT = (
-    "Timeout in node"  # propeller's whole message (flytepropeller 1.16, workflow/executor.go and subworkflow.go)
+# What propeller says (flytepropeller 1.16: nodes/executor.go, dynamic_workflow.go, workflow/executor.go) when the
+# time-out of a gate or a task is over; when twice that is over, in a dynamic and elsewhere.
+TIMED_OUT = re.compile(
+    r"\[\d+/\d+\] currentAttempt done\. Last Error: "
+    r"(USER::task execution timeout \[[0-9hms.µn]+\] expired|UNKNOWN::Dynamic workflow failed)|Timeout in node"
 )
 NAMED = re.compile(rf"^\s*(?:fednested_lib\.errors\.)?({'|'.join(ERRORS)}): ", re.MULTILINE)
 
@@ -83,7 +86,7 @@ def error_class(message: str, raised: BaseException | None = None) -> str:
         raised = raised.__cause__
     if raised is not None:
         return type(raised).__name__ if type(raised).__name__ in ERRORS else "Other"
-    if message.strip() == TIMED_OUT:
+    if TIMED_OUT.fullmatch(message.strip()):
         return "Timeout"
     named = NAMED.findall(message)
     return named[-1] if named else "Other"

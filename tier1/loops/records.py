@@ -105,6 +105,24 @@ class CandidateRef:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuiteLoss:
+    """Loss of a candidate's parent and of the candidate on one suite, nats per token; maybe not finite."""
+
+    suite: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuitesMeasured:
+    """What was measured of a candidate, and the suites whose measuring failed."""
+
+    candidate: str
+    losses: list[SuiteLoss]
+    missing: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settled:
     """What became of a candidate: `head` (entry `manifest`, number `version`), `rejected` or `nothing`."""
 
