@@ -21,7 +21,6 @@ import yaml
 
 from examples.shakespeare import corpus as plays
 from fednested_lib.adapters import RoutedAdapters, attach
-from fednested_lib.config import ExportPolicyConfig
 from fednested_lib.delta import AdapterSpec, Delta
 from fednested_lib.envelope import HEADER, AdapterFields
 from fednested_lib.partition import expert_param
@@ -31,6 +30,7 @@ from fednested_lib.snapshot import SnapshotManifest, build_model, expert_shapes
 from fednested_lib.spool import Declaration
 from fednested_lib.text import load_tokenizer, pack, read_texts
 from fednested_lib.training import train_adapters
+from tests.policies import make_policy
 from tier1.evaluation.suites import evaluate
 from tier1.federation import Federation, open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
@@ -272,16 +272,17 @@ class Run:
             num_examples=trained.n_rows,
             factors_sha256="0" * 64,
         )
-        envelope, payload = make_update(
+        made = make_update(
             declaration,
             trained.delta,
-            policy=ExportPolicyConfig(),
+            policy=make_policy(),
+            encoding="int8",
             federation=self.fed.config.federation,
             client_id=client,
             key_epoch=0,
             signer=key_of(client),
         )
-        return envelope.to_bytes(), payload
+        return made.envelope.to_bytes(), made.payload
 
     def append(self, client: str, envelope: bytes, payload: bytes) -> None:
         """Put one record on the log; a large payload goes to the drop box, as its envelope says."""

@@ -158,7 +158,7 @@ def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
     Args:
         delta: the factors, all finite.
         encoding: ``int8`` (default), ``int4``, ``fp16`` or ``fp32``.
-        seed: 0 ≤ seed < 2**128, of the stochastic rounding; by convention H(client id, sequence).
+        seed: 0 ≤ seed < 2**128, of the stochastic rounding; of the device's secret (`sidecar.py`).
 
     Raises:
         PayloadError: unknown encoding, non-finite values, or an A that is not the one of the seed.
@@ -168,7 +168,7 @@ def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
 
     if encoding not in ENCODINGS:
         raise PayloadError(
-            "bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}: set policy.encoding"
+            "bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}: set outgoing.encoding"
         )
     return bytes(cramjam.zstd.compress(save(_encode_tensors(delta, encoding, seed)), level=3))
 

@@ -2,8 +2,8 @@
 
 A `Job` is its complete input. Rows are a window of the device's own packed text, adapters start afresh from B = 0, the
 seed is H(client, key epoch, sequence), that of a fixed A the base's: the same job on the same text gives the same
-factors to the bit. The result goes to the spool, the numbers (never text) to `training/<sequence>.json` in the device's
-home.
+factors to the bit. The result goes to the spool, the numbers (never text) to `trainer/reports/<sequence>.json` in the
+device's home.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
-from fednested_lib.envelope import Digest
+from fednested_lib.errors import ContractError, FednestedError, SnapshotError, TrainingError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.fixed_a import seed_of
+from fednested_lib.orders import Model, Sequence
 from fednested_lib.partition import expert_param
 from fednested_lib.signing import canonical_json
 from fednested_lib.snapshot import SnapshotManifest, build_model, expert_shapes
-from fednested_lib.spool import Spool
+from fednested_lib.spool import Numbers, Spool
 from fednested_lib.text import load_tokenizer, pack, read_texts
 
 if TYPE_CHECKING:
@@ -38,23 +39,12 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 
 
-class Model(BaseModel):
-    """A snapshot that this device holds completely; `snapshot` is the digest of its manifest blob."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    version: int = Field(ge=0)
-    snapshot: Digest
-    base_digest: Digest
-    chain_seq: int = Field(ge=0)
-
-
 class Job(BaseModel):
     """The input of one update, written down before it is trained."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    sequence: int = Field(ge=0)
+    sequence: Sequence
     model: Model
     first_row: int = Field(ge=0)
     n_rows: int = Field(ge=1)
@@ -101,7 +91,7 @@ class LocalTrainer:
 
     def __init__(self, config: Tier2Config, blobs: BlobStore, spool: Spool):
         self.config, self.blobs, self.spool = config, blobs, spool
-        self._snapshot: str | None = None
+        self.loaded: str | None = None  # the snapshot that was built last and found fit
         self._model: nn.Module | None = None
         self._adapters: RoutedAdapters | None = None
         self._rows: dict[str, np.ndarray] = {}
@@ -142,7 +132,7 @@ class LocalTrainer:
             seed=seed,
             on_step=check,
         )
-        failpoint("client.after_training")
+        failpoint("trainer.after_training")
         report = LocalReport(
             sequence=job.sequence,
             base_version=job.model.version,
@@ -158,7 +148,7 @@ class LocalTrainer:
         return report
 
     def _keep(self, job: Job, report: LocalReport) -> None:
-        path = self.config.home / "training" / f"{job.sequence:012d}.json"
+        path = self.config.home / "trainer/reports" / f"{job.sequence:012d}.json"
         write_durable(path, canonical_json(vars(report)))
         self.spool.write(
             self._adapters.to_delta(),
@@ -168,16 +158,38 @@ class LocalTrainer:
             routed_tokens=self._adapters.tokens,
             distinct_tokens=self._adapters.distinct_tokens,
             num_examples=report.rows,
+            numbers=Numbers(
+                loss_first=report.loss_first, loss_last=report.loss_last, tokens=report.tokens, seconds=report.seconds
+            ),
         )
-        failpoint("client.after_spool")
-        _log.info("client.trained", **vars(report))
+        failpoint("trainer.after_spool")
+        _log.info("trainer.trained", **vars(report))
 
     def _load(self, model: Model) -> None:
-        from fednested_lib.adapters import attach
-
-        if self._snapshot == model.snapshot:
+        """Build the model of a snapshot and see that it is fit: its loss on the device's text is finite."""
+        if self.loaded == model.snapshot:
             return
-        self._snapshot = self._model = self._adapters = None  # let go of the old model before the new one is built
+        self.loaded = self._model = self._adapters = None  # let go of the old model before the new one is built
+        try:
+            self._build(model)
+        except SnapshotError:
+            raise
+        except TrainingError as error:
+            raise SnapshotError("non_finite_loss", f"version {model.version} is not fit: {error}") from error
+        except Exception as error:  # whatever transformers, tokenizers and torch make of it
+            if isinstance(error, FednestedError) and not isinstance(error, ContractError):
+                raise
+            said = str(error).partition("\n")[0][:200]
+            raise SnapshotError(
+                "not_loadable",
+                f"version {model.version} cannot be built here ({type(error).__name__}: {said}): publish a newer one",
+            ) from error
+        self.loaded = model.snapshot
+
+    def _build(self, model: Model) -> None:
+        from fednested_lib.adapters import attach
+        from fednested_lib.training import mean_loss
+
         manifest = SnapshotManifest.from_json(self.blobs.get(model.snapshot))
         self._rows = self._pack(manifest)
         self._model = build_model(manifest, self.blobs, experts="fednested_lora", frozen=self.config.model.frozen)
@@ -187,8 +199,8 @@ class LocalTrainer:
         layers = sorted({expert_param(name)[0] for name in expert_shapes(manifest)})
         chosen = None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))
         self._adapters = attach(self._model, spec, chosen, seed=0)
+        mean_loss(self._model, self._rows["data"][: self.config.training.batch_size], 1)
         self._heldout_before = self._heldout_loss()
-        self._snapshot = model.snapshot
 
     def _pack(self, manifest: SnapshotManifest) -> dict[str, np.ndarray]:
         tokenizer = load_tokenizer(self.blobs.get(manifest.tokenizer))
@@ -199,7 +211,7 @@ class LocalTrainer:
                 continue
             texts, bad = read_texts(path)
             if bad:
-                _log.warning("client.bad_rows", file=name, count=len(bad), line=bad[0].line, reason=bad[0].reason)
+                _log.warning("trainer.bad_rows", file=name, count=len(bad), line=bad[0].line, reason=bad[0].reason)
             rows[name] = pack(texts, tokenizer, self.config.training.seq_len, source=path, key="training.seq_len")
         return rows
 

@@ -59,7 +59,7 @@ def test_aliases_and_equal_keys_in_different_sections_are_fine(tmp_path):
 def test_how_experts_are_held(tmp_path, value, held):
     """Experts are fp32 unless `model.frozen` says otherwise; another word is one line with the key and the choices."""
     path = tmp_path / "tier2.yaml"
-    example = TIER2_EXAMPLE.format(client_id="romeo").replace('""', f'"{"0" * 64}"', 1)
+    example = TIER2_EXAMPLE.format(client_id="romeo", policy_key="0" * 64).replace('""', f'"{"0" * 64}"', 1)
     path.write_text(example + (f"model: {{frozen: {value}}}\n" if value else ""))
     if held:
         assert load_tier2(path).model.frozen == held

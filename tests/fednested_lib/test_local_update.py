@@ -15,7 +15,8 @@ from fednested_lib.config import Tier2Config
 from fednested_lib.errors import DataError
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.frozen import FrozenWeight
-from fednested_lib.local_update import Interrupted, Job, LocalTrainer, Model, job_seed, window
+from fednested_lib.local_update import Interrupted, Job, LocalTrainer, job_seed, window
+from fednested_lib.orders import Model
 from fednested_lib.snapshot import (
     SnapshotManifest,
     build_model,
@@ -55,6 +56,7 @@ def _config(directory: Path, **changes) -> Tier2Config:
         "blobs_uri": "unused",
         "payloads_uri": "unused",
         "control": {"public_key": "0" * 64},
+        "policy": {"file": "unused", "public_key": "0" * 64},
         "adapters": {"rank": 2, "alpha": 4.0, "experts": [3, 1]},
         "training": {"steps": 2, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-3},
         **changes,
@@ -139,7 +141,7 @@ def test_report_and_declaration_agree(trainer):
     assert declaration.layers() == {0: (1, 3), 1: (1, 3), 2: (1, 3)}
     assert report.tokens == 2 * 2 * 16
     assert all(0 < sum(counts) <= 2 * report.tokens for counts in declaration.routed_tokens.values())
-    stored = json.loads((trainer.config.home / "training/000000000005.json").read_bytes())
+    stored = json.loads((trainer.config.home / "trainer/reports/000000000005.json").read_bytes())
     assert stored == vars(report)
     assert all(value is None or isinstance(value, (int, float)) for value in stored.values())
 

@@ -188,7 +188,7 @@ def test_a_full_outbox_says_how_full_and_what_to_do(tmp_path):
         put(outbox, 1)
         outbox.mark_sent(first, 0, 0)
         with pytest.raises(
-            StorageError, match=rf"holds {2 * len(SMALL)} of {2 * len(SMALL)} bytes.*policy\.outbox_bytes"
+            StorageError, match=rf"holds {2 * len(SMALL)} of {2 * len(SMALL)} bytes.*outgoing\.outbox_bytes"
         ):
             put(outbox, 2)
         outbox.confirm([first])
