@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.small_federation import SEQ_LEN, SmallFederation
+from tests.policies import pin_policy
 from tier1.federation import open_federation
 from tier1.loops.broadcast import publish_champion
 
@@ -23,13 +24,19 @@ class ProcessFederation(SmallFederation):
         bootstrap: of a broker.
         n_devices: numbered from 0.
         training: over `TRAINING`.
-        device: sections of every tier2.yaml.
+        ranks: device → rank of its adapters, where it is another than that of `ADAPTERS`.
     """
 
     def __init__(
-        self, directory: Path, bootstrap: str, *, n_devices: int, training: Mapping, device: Mapping | None = None
+        self,
+        directory: Path,
+        bootstrap: str,
+        *,
+        n_devices: int,
+        training: Mapping,
+        ranks: Mapping[str, int] | None = None,
     ):
-        self._device = {"log": {"bootstrap": bootstrap}, **(device or {})}
+        self._bootstrap, self._ranks = bootstrap, ranks or {}
         super().__init__(
             directory,
             seed=1,
@@ -59,6 +66,7 @@ class ProcessFederation(SmallFederation):
         self.tier1.close()
 
     def _open_device(self, name: str, adapters: Mapping, training: Mapping) -> Path:
+        rank = self._ranks.get(name, adapters["rank"])
         document = {
             "client_id": name,
             "key": "device.key",
@@ -66,10 +74,11 @@ class ProcessFederation(SmallFederation):
             "data": "text.jsonl",
             "blobs_uri": str(self.tier1.home / "blobs"),
             "payloads_uri": str(self.tier1.home / "payloads"),
-            "control": {"public_key": self.tier1.signer.public_key, "poll_s": 0.1},
-            "adapters": dict(adapters),
+            "control": {"public_key": self.tier1.signer.public_key, "poll_s": 0.05},
+            "log": {"bootstrap": self._bootstrap},
+            "adapters": {"rank": rank, "alpha": 2.0 * rank},
+            "policy": pin_policy(self.directory / name, min_tokens_per_rank=1),  # the text has 32 symbols
             "training": dict(training),
-            **self._device,
         }
         path = self.directory / name / "tier2.yaml"
         path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")

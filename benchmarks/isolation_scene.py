@@ -29,6 +29,7 @@ from fednested_lib.rooms import ROOMS
 from fednested_lib.signing import Signer
 from fednested_lib.supervisor import Child, Plan, launch, plan
 from services.embedded import HOST, EmbeddedBroker
+from tests.policies import pin_policy
 
 TRAINER, SIDECAR = "nobody", "daemon"
 INTRUDER = Path(__file__).with_name("intruder.py")
@@ -90,7 +91,6 @@ def device(root: Path, broker: EmbeddedBroker, users: bool) -> Iterator[tuple[Pa
     root.mkdir()
     root.chmod(0o755)
     (root / "text.jsonl").write_text('{"text": "nobody trains on this"}\n')
-    (root / "policy.yaml").write_text("version: 1\n")
     Signer.generate().save(root / "device.key")
     os.chown(root / "device.key", sidecar_uid, -1)
     document = {
@@ -102,6 +102,7 @@ def device(root: Path, broker: EmbeddedBroker, users: bool) -> Iterator[tuple[Pa
         "payloads_uri": "payloads",
         "log": {"bootstrap": broker.bootstrap},
         "control": {"public_key": Signer.generate().public_key},
+        "policy": pin_policy(root),
         "isolation": {"trainer_user": TRAINER, "sidecar_user": SIDECAR} if users else {},
     }
     path = root / "tier2.yaml"
@@ -113,10 +114,10 @@ def device(root: Path, broker: EmbeddedBroker, users: bool) -> Iterator[tuple[Pa
         sidecar = launch("sidecar", how, command, environment())
         stack.callback(_end, sidecar)
         _wait_for(root / "home/orders/orders.json", sidecar)
-        for place in (root / "home/blobs/00/blob", root / "home/sidecar/audit.jsonl"):  # stand-ins for what comes later
-            place.parent.mkdir(exist_ok=True)
-            place.write_bytes(b"x")
-            os.chown(place, sidecar_uid, -1)
+        blob = root / "home/blobs/00/blob"  # a stand-in: nothing is published here
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(b"x")
+        os.chown(blob, sidecar_uid, -1)
         yield root, how, sidecar
 
 
@@ -158,14 +159,14 @@ def intrude(root: Path, how: Plan, sidecar: Child, broker: EmbeddedBroker, *, co
 
 def _targets(root: Path, sidecar: Child, broker: EmbeddedBroker, abstract: str) -> dict:
     home, private = root / "home", ("sidecar", "outbox")
-    hidden = [path for room in private for path in (home / room).rglob("*")]
-    foreign = [
-        home / "orders/orders.json",
-        home / "blobs/00/blob",
-        home / "outbox/outbox.db",
-        home / "sidecar/audit.jsonl",
-    ]
-    foreign += [root / name for name in ("tier2.yaml", "policy.yaml", "device.key")]
+    hidden = [path for room in private for path in sorted((home / room).rglob("*")) if path.is_file()]
+    audit = [path for path in hidden if home / "sidecar" in path.parents]
+    if not any("audit" in path.parts for path in audit):
+        raise RuntimeError(
+            f"the sidecar has no audit log in {home / 'sidecar'}: the attempts on it would prove nothing"
+        )
+    foreign = [home / "orders/orders.json", home / "blobs/00/blob", home / "outbox/outbox.db", *audit]
+    foreign += [root / name for name in ("tier2.yaml", "policy.yaml", "policy.yaml.sig", "device.key")]
     return {
         "root": str(root),
         "broker": [HOST, broker.port],
@@ -174,7 +175,7 @@ def _targets(root: Path, sidecar: Child, broker: EmbeddedBroker, abstract: str) 
         "sidecar": sidecar.process.pid,
         "address": int(Path(f"/proc/{sidecar.process.pid}/maps").read_text().partition("-")[0], 16),
         "own": str(home / "trainer"),
-        "secret_files": [str(root / "device.key"), *(str(path) for path in hidden if path.is_file())],
+        "secret_files": [str(root / "device.key"), *map(str, hidden)],
         "secret_rooms": [str(home / room) for room in private],
         "foreign_files": [str(path) for path in foreign],
         "foreign_rooms": [str(home / room) for room, (writer, _) in ROOMS.items() if writer == "sidecar"] + [str(home)],

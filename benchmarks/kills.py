@@ -69,7 +69,10 @@ FAILPOINTS = {
 }
 # Failpoints that no role of the campaign passes: why, and who kills there.
 ELSEWHERE = {
+    "sidecar.after_roll_back": "every snapshot loads here: tests/fednested_lib/test_client.py",
     "sidecar.after_send_again": "no log is lost here: tests/e2e/test_log_loss.py",
+    "gateway.after_chunk": "devices speak to the broker: tests/services/test_gateway.py",
+    "gateway.after_range": "devices speak to the broker: tests/services/test_gateway.py",
     "resend.after_publish": "no log is lost here: tests/e2e/test_log_loss.py",
     "decide.after_append": "heads are approved past `decide`: tests/e2e/tier1_process.py",
     "registry.after_register": "no registry is kept: tests/e2e/tier1_process.py",

@@ -116,6 +116,18 @@ def trainer(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> 
     run_trainer(load_tier2(config))
 
 
+@tier2.command("forget-experts")
+def forget_experts(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """End the period of the chosen experts (`adapters.experts: auto`): the next update chooses anew."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.expert_choice import choice_path
+
+    path = choice_path(load_tier2(config).home)
+    existed = path.exists()
+    path.unlink(missing_ok=True)
+    typer.echo(f"removed {path}" if existed else f"nothing to forget: there is no {path}")
+
+
 @tier2.command("doctor")
 def doctor(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
     """Look at everything this device needs, and say what to do; changes nothing. Exit code 1 if something is bad."""
@@ -158,6 +170,34 @@ def verify_audit(
 
     log, anchor = audit_places(load_tier2(config))
     typer.echo(str(verify_audit(log, anchor=anchor, first_key=key, noted=noted and parse_anchor(noted))))
+
+
+@tier2.command("outbox")
+def outbox(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """List what waits in the outbox, what is not settled, and what was refused for good."""
+    import time
+
+    from fednested_lib.config import load_tier2
+    from fednested_lib.outbox_survey import read_survey
+
+    typer.echo(read_survey(load_tier2(config).home / "outbox").describe(now=time.time()))
+
+
+@tier2.command("export-peft")
+def export_peft(
+    sequence: int = typer.Argument(help="number of an update that tier 1 has not settled yet"),
+    config: Path = typer.Option(..., "--config", help="tier2.yaml"),
+    directory: Path = typer.Option(..., "--to", help="directory to write; peft opens it beside the base model"),
+) -> None:
+    """Write an update as it leaves this device as a peft adapter, to look at; the device must be stopped."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.peft_export import export_update
+
+    envelope = export_update(load_tier2(config), sequence, directory)
+    typer.echo(
+        f"wrote {directory}: update {sequence}, {envelope.encoding}, rank {envelope.adapter.rank}, of version "
+        f"{envelope.base_version}"
+    )
 
 
 @messaging.command("bootstrap-topics")

@@ -56,16 +56,38 @@ class ModelConfig(Section):
     frozen: Frozen = "fp32"
 
 
+class BudgetConfig(Section):
+    """How many experts a device chooses for itself: `experts` per layer, or `megabytes` of fp32 factors in all."""
+
+    experts: int | None = Field(default=None, ge=1, le=1 << 16)
+    megabytes: float | None = Field(default=None, gt=0, le=1e6)
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetConfig:
+        if (self.experts is None) == (self.megabytes is None):
+            raise ValueError("give either experts (per layer) or megabytes")
+        return self
+
+
 class AdaptersConfig(Section):
     """Low-rank adapters: `experts` lists the expert ids adapted in every layer, null means all.
 
+    `experts: auto` chooses those that the device's own text is routed to most, within `budget` (`expert_choice.py`).
     `mode` is `lora` (A and B are trained and sent) or `fixed_a` (B alone; A follows from the base version's digest).
     """
 
     mode: Mode = "lora"
     rank: int = Field(default=8, ge=1, le=256)
     alpha: float = Field(default=16.0, gt=0, le=1e6)
-    experts: list[Annotated[int, Field(ge=0)]] | None = None
+    experts: list[Annotated[int, Field(ge=0)]] | Literal["auto"] | None = None
+    budget: BudgetConfig | None = None
+    router_bias: bool = False
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> AdaptersConfig:
+        if (self.experts == "auto") != (self.budget is not None):
+            raise ValueError("experts: auto needs a budget, and nothing else has one")
+        return self
 
 
 class LocalTrainingConfig(Section):
@@ -73,6 +95,9 @@ class LocalTrainingConfig(Section):
 
     steps: int = Field(default=20, ge=2, le=100_000)
     batch_size: int = Field(default=4, ge=1, le=4096)
+    micro_batch_size: int | None = Field(default=None, ge=1, le=4096)
+    memory_limit_mb: int | None = Field(default=None, ge=1, le=10_000_000)
+    checkpoint_every: int | None = Field(default=None, ge=1, le=100_000)
     seq_len: int = Field(default=96, ge=8, le=8192)
     learning_rate: float = Field(default=4e-3, gt=0, le=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -89,9 +114,11 @@ class PolicyConfig(Section):
 
 
 class OutgoingConfig(Section):
-    """How it leaves, within the policy: encoding, room for updates that nobody confirmed yet."""
+    """How it leaves, within the policy: encoding, rank, error feedback, room for updates that nobody confirmed yet."""
 
     encoding: Encoding = "int8"
+    mean_rank: float | None = Field(default=None, gt=0, le=256)
+    error_feedback: bool = False
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
 
 

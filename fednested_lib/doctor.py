@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,9 +23,10 @@ from fednested_lib.finding import Finding, judge, look
 from fednested_lib.isolation import LEVELS, account, probe
 from fednested_lib.log import CONTROL
 from fednested_lib.orders import Orders, orders_path, read_note
+from fednested_lib.outbox_survey import read_survey
 from fednested_lib.policy import load_policy
 from fednested_lib.schedule import read_device, why_not
-from fednested_lib.sidecar import audit_places
+from fednested_lib.sidecar import audit_places, check_config
 from fednested_lib.signing import Signer
 from fednested_lib.text import require_text
 from fednested_lib.transport import open_transport
@@ -75,16 +75,11 @@ def text(config: Tier2Config) -> Iterator[Finding]:
 
 
 def policy(config: Tier2Config) -> Iterator[Finding]:
-    """Is the policy signed by the site's key, and is that key somewhere else?"""
+    """Is the policy signed by the site's key, does it allow what is configured, and is that key somewhere else?"""
     signed = load_policy(config.policy.file, config.policy.public_key)
-    value = f"{config.policy.file}, version {signed.version}, dp {'off' if signed.dp == 'off' else 'on'}"
-    yield judge(
-        "policy",
-        holds=signed.federation == config.federation,
-        value=f"{value}, for federation {signed.federation}",
-        bound=config.federation,
-        remedy="sign a policy for this federation, or set federation",
-    )
+    check_config(signed, config)
+    dp = "off" if signed.dp == "off" else "on"
+    yield Finding(what="policy", state="ok", value=f"{config.policy.file}, version {signed.version}, dp {dp}")
     beside = config.policy.file.parent / "site-policy.key"
     yield judge(
         "site's policy key",
@@ -141,34 +136,24 @@ def memory(config: Tier2Config) -> Iterator[Finding]:
 
 def outbox(config: Tier2Config) -> Iterator[Finding]:
     """How much waits, and was anything refused for good? Reads beside a sidecar that runs."""
-    path = config.home / "outbox" / "outbox.db"
-    if not path.exists():
+    if not (config.home / "outbox").is_dir():
         yield Finding(what="outbox", state="ok", value="nothing was sent yet")
         return
-    try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as database:
-            counts = dict(database.execute("SELECT state, count(*) FROM updates GROUP BY state"))
-            (used,) = database.execute(
-                "SELECT coalesce(sum(payload_bytes), 0) FROM updates WHERE state != 'confirmed'"
-            ).fetchone()
-            reason = database.execute("SELECT last_error FROM updates WHERE state = 'dead' LIMIT 1").fetchone()
-    except sqlite3.Error as error:
-        yield Finding(what="outbox", state="bad", value=f"{path}: {error}", remedy="restore the file or its rights")
-        return
-    told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items())) or "empty"
+    survey = read_survey(config.home / "outbox")
+    used, dead = sum(row.payload_bytes for row in survey.rows), [row for row in survey.rows if row.state == "dead"]
     yield judge(
         "outbox",
         holds=used < config.outgoing.outbox_bytes,
-        value=f"{told}; {used} bytes",
+        value=f"{len(survey.rows)} updates that tier 1 has not settled, {used} bytes",
         bound=f"< {config.outgoing.outbox_bytes} bytes",
         remedy="let it send and wait for receipts, or raise outgoing.outbox_bytes",
     )
-    if reason is not None:
+    if dead:
         yield Finding(
             what="refused for good",
             state="warning",
-            value=f"{counts['dead']}: {reason[0]}",
-            remedy="they stay as evidence until tier 1 names them",
+            value=f"{len(dead)}, the last for: {dead[-1].last_error}",
+            remedy="`fednested tier2 outbox` lists them; they stay as evidence until tier 1 names them",
         )
 
 

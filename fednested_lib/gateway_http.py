@@ -12,7 +12,7 @@ import http.client
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -59,6 +59,7 @@ class GatewayHttp:
         ca_file: certificates that vouch for the server; None: those of the system.
         cert_file: certificate of this device, where the gateway or its proxy asks for one.
         key_file: its key.
+        clock: this device's, seconds since the epoch.
 
     Raises:
         ConfigError: the address is none, or a certificate cannot be read.
@@ -74,12 +75,14 @@ class GatewayHttp:
         ca_file: Path | None = None,
         cert_file: Path | None = None,
         key_file: Path | None = None,
+        clock: Callable[[], float] = time.time,
     ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
             raise ConfigError(f"gateway.url must be https://host[:port][/prefix], got {url!r}: fix it")
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
         self.skew_s = 0.0  # server's clock − ours
+        self._clock = clock
         self._client_id, self._signer = client_id, signer
         self._address, self._prefix = (parts.hostname, parts.port), parts.path.rstrip("/")
         self._tls = _tls(ca_file, cert_file, key_file) if parts.scheme == "https" else None
@@ -101,10 +104,11 @@ class GatewayHttp:
             TransportError: no whole answer in time, a 5xx, a redirect, or a 4xx about the way or this device; with the
                 server's Retry-After.
         """
+        skew_s = self.skew_s
         answer = self._ask(method, target, body, headers or {}, max_bytes)
         if (
-            answer.status == 401 and abs(self.skew_s) > CLOCK_WINDOW_S / 10
-        ):  # our clock is off, and now we know by how much
+            answer.status == 401 and abs(self.skew_s - skew_s) > CLOCK_WINDOW_S / 10
+        ):  # the answer told how far off we are
             answer = self._ask(method, target, body, headers or {}, max_bytes)
         if answer.status >= 500 or answer.status in _RECOVERABLE or answer.status < 200 or 300 <= answer.status < 400:
             raise self._problem(method, target, answer)
@@ -136,7 +140,8 @@ class GatewayHttp:
             connection.close()
             raise TransportError(
                 f"gateway {self.url} gave no answer to {method} {target.partition('?')[0]} "
-                f"({type(error).__name__}: {error}): check the network, gateway.url and its certificate"
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
+                "check the network, gateway.url and its certificate"
             ) from error
         except BaseException:
             connection.close()
@@ -154,7 +159,7 @@ class GatewayHttp:
         headers: Mapping[str, str],
         max_bytes: int,
     ) -> Answer:
-        began, deadline = time.time(), time.monotonic() + 2 * self.timeout_s
+        began, deadline = self._clock(), time.monotonic() + 2 * self.timeout_s
         connection.request(
             method, self._prefix + target, body=body or None, headers={**self._signed(method, target), **headers}
         )
@@ -169,11 +174,11 @@ class GatewayHttp:
                 raise TimeoutError(f"not done after {2 * self.timeout_s:g} s")
         response.close()  # the answer, not the connection
         found = {name.lower(): value for name, value in response.getheaders()}
-        self._note_date(found, (began + time.time()) / 2)
+        self._note_date(found, (began + self._clock()) / 2)
         return Answer(status=response.status, headers=found, body=b"".join(pieces))
 
     def _signed(self, method: str, target: str) -> dict[str, str]:
-        time_s = int(time.time() + self.skew_s)
+        time_s = int(self._clock() + self.skew_s)
         signature = self._signer.sign(request_text(method, target, self._client_id, time_s))
         return {CLIENT_HEADER: self._client_id, TIME_HEADER: str(time_s), SIGNATURE_HEADER: signature}
 
@@ -210,7 +215,7 @@ class GatewayHttp:
         until_s = _date(text)
         if until_s is None:
             return None
-        now_s = _date(answer.headers.get("date")) or time.time() + self.skew_s
+        now_s = _date(answer.headers.get("date")) or self._clock() + self.skew_s
         return min(max(until_s - now_s, 0.0), MAX_RETRY_AFTER_S)
 
     def _take(self) -> tuple[http.client.HTTPConnection, bool]:

@@ -99,7 +99,10 @@ class GatewayLog:
         query = urlencode({"partition": partition, "start": start, "end": end})
         target = f"/v1/topics/{quote(topic, safe='')}/records?{query}"
         page = self._parse(target, self._read_answer(target), Page)
-        return [each.record(topic, partition) for each in page.records]
+        try:
+            return [each.record(topic, partition) for each in page.records]
+        except PayloadError as error:
+            raise self._gateway.unintelligible(target.partition("?")[0], str(error)) from None
 
     def _read_answer(self, target: str) -> Answer:
         answer = self._gateway.ask("GET", target)

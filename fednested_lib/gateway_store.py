@@ -75,7 +75,7 @@ class GatewayStore:
         """
         partial = self._partials / digest
         for begun_before in (partial.exists(), False):
-            data = self._complete(digest, partial, max_bytes or MAX_BLOB_BYTES)
+            data = self._complete(digest, partial, MAX_BLOB_BYTES if max_bytes is None else max_bytes)
             partial.unlink(missing_ok=True)
             if sha256_hex(data) == digest:
                 return data
@@ -115,7 +115,7 @@ class GatewayStore:
             headers={"Range": f"bytes={start}-{start + self._chunk_bytes - 1}"},
             max_bytes=max(self._chunk_bytes, 1 << 16),
         )
-        if answer.status == 416 and start > 0:
+        if answer.status == 416:
             return None
         if answer.status == 404:
             raise SnapshotError(

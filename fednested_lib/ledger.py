@@ -150,22 +150,17 @@ class Ledger:
         return epsilon(1 / math.sqrt(total), 1, delta)
 
     def _check_rate(self, charge: Charge, policy: Policy, now: float) -> None:
-        rows = self._execute(
-            "SELECT released_s, payload_bytes FROM releases WHERE released_s > ? ORDER BY released_s DESC",
-            (now - max(DAY_S, policy.min_interval_s),),
-        ).fetchall()
-        recent = [(when, size) for when, size in rows if when > now - DAY_S]
+        (last,) = self._execute("SELECT max(released_s) FROM releases").fetchone()
+        count, size = self._execute(
+            "SELECT count(*), coalesce(sum(payload_bytes), 0) FROM releases WHERE released_s > ?", (now - DAY_S,)
+        ).fetchone()
         waits = {}
-        if rows and rows[0][0] + policy.min_interval_s > now:
-            waits["min_interval"] = rows[0][0] + policy.min_interval_s
-        if len(recent) >= policy.updates_per_day:
-            waits["updates_per_day"] = recent[policy.updates_per_day - 1][0] + DAY_S
-        room = policy.bytes_per_day - charge.payload_bytes
-        for when, size in recent:  # newest first: the first that does not fit any more must be a day old
-            room -= size
-            if room < 0:
-                waits["bytes_per_day"] = when + DAY_S
-                break
+        if last is not None and last + policy.min_interval_s > now:
+            waits["min_interval"] = last + policy.min_interval_s
+        if count >= policy.updates_per_day:
+            waits["updates_per_day"] = self._newest(policy.updates_per_day - 1) + DAY_S
+        if size + charge.payload_bytes > policy.bytes_per_day:
+            waits["bytes_per_day"] = self._first_over(policy.bytes_per_day - charge.payload_bytes) + DAY_S
         if waits:
             rule, until = max(waits.items(), key=lambda item: item[1])
             raise PolicyWait(
@@ -174,6 +169,19 @@ class Ledger:
                 f"{policy.version} is reached; it is kept",
                 not_before_s=until,
             )
+
+    def _newest(self, skipped: int) -> float:
+        """Return the time of a release, counted from the newest."""
+        order = "SELECT released_s FROM releases ORDER BY released_s DESC LIMIT 1 OFFSET ?"
+        return self._execute(order, (skipped,)).fetchone()[0]
+
+    def _first_over(self, room: int) -> float:
+        """Return the time of the newest release that does not fit into so many bytes with all newer ones."""
+        for when, size in self._execute("SELECT released_s, payload_bytes FROM releases ORDER BY released_s DESC"):
+            room -= size
+            if room < 0:
+                return when
+        raise AssertionError("all of them fit")
 
     def _execute(self, statement: str, values: tuple = ()) -> sqlite3.Cursor:
         try:

@@ -34,7 +34,7 @@ from fednested_lib.transport import DeviceLog, PayloadStore
 
 BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 60.0
-RETRY_AFTER_CAP_S = 3600.0
+RETRY_AFTER_LEAST_S, RETRY_AFTER_CAP_S = 0.1, 3600.0  # a server that says "at once" for ever must not be hammered
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS updates(
@@ -225,7 +225,7 @@ class Outbox:
         (attempts,) = self._execute("SELECT attempts FROM updates WHERE update_id = ?", (update_id,)).fetchone()
         wait_s = rng.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(attempts, 16)))
         if retry_after_s is not None:
-            wait_s = min(max(retry_after_s, 0.0), RETRY_AFTER_CAP_S)
+            wait_s = min(max(retry_after_s, RETRY_AFTER_LEAST_S), RETRY_AFTER_CAP_S)
         self._execute(
             "UPDATE updates SET attempts = attempts + 1, not_before_s = ?, failed_at_s = ?, last_error = ?"
             " WHERE update_id = ?",

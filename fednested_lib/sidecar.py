@@ -6,6 +6,7 @@ It never passes on what the trainer wrote; it makes it anew, in this order:
     withhold   experts that saw fewer than 4·r distinct tokens go out as zeros with tokens = 0   (their rows are
                recoverable below r distinct tokens; absence itself would tell the routing)
     clip       ΔW ← ΔW · min(1, C/‖ΔW‖_F) over all experts, by the Gram identity, never dense
+    truncate   to `outgoing.mean_rank`, if given; what this and rounding take may go into the next update of the base
     round      int8, unbiased, seeded by HMAC(device key, sequence, digest): a restarted device emits the same bytes,
                and the trainer, who has no key, cannot foresee them
     bucket     token and example counts down to powers of two
@@ -31,12 +32,13 @@ import numpy as np
 import structlog
 
 from fednested_lib.audit import AuditLog, Decision
-from fednested_lib.config import Tier2Config
-from fednested_lib.delta import AdapterSpec, Delta, Encoding, ExpertFactors, encode, squared_norm
+from fednested_lib.config import OutgoingConfig, Tier2Config
+from fednested_lib.delta import AdapterSpec, Delta, Encoding, ExpertFactors, squared_norm
 from fednested_lib.envelope import INLINE_LIMIT_BYTES, Envelope, bucket, make_envelope
 from fednested_lib.errors import ConfigError, PayloadError, PolicyRefused, PolicyWait
 from fednested_lib.events import TrainingTelemetry
 from fednested_lib.failpoints import failpoint
+from fednested_lib.feedback import FEEDBACK_MAX_RANK, Residuals, joined, squeeze
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.ledger import Charge, Ledger
 from fednested_lib.log import UPDATES
@@ -60,12 +62,14 @@ def norm(delta: Delta) -> float:
     Raises:
         PayloadError: reason ``non_finite``.
     """
-    for name, factors in delta.factors.items():
-        if not (np.isfinite(factors.lora_a).all() and np.isfinite(factors.lora_b).all()):
+    with np.errstate(invalid="ignore", over="ignore"):
+        squares = {name: squared_norm(each, delta.spec.scale).sum() for name, each in delta.factors.items()}
+    for name, square in squares.items():
+        if not np.isfinite(square):  # every factor is in it, and finite fp32 numbers do not overflow it
             raise PayloadError(
                 "non_finite", f"{name} has NaN or infinite factors: the update stays here; lower training.learning_rate"
             )
-    return math.sqrt(sum(float(squared_norm(factors, delta.spec.scale).sum()) for factors in delta.factors.values()))
+    return math.sqrt(sum(map(float, squares.values())))
 
 
 def withhold(delta: Delta, kept: Mapping[int, tuple[bool, ...]]) -> Delta:
@@ -116,6 +120,7 @@ class Outgoing:
     experts: int
     withheld: int
     norm: float
+    residual: Delta | None  # what rounding and truncation took, with error feedback
 
 
 def make_update(
@@ -124,6 +129,9 @@ def make_update(
     *,
     policy: Policy,
     encoding: Encoding,
+    mean_rank: float | None = None,
+    error_feedback: bool = False,
+    carried: Delta | None = None,
     federation: str,
     client_id: str,
     key_epoch: int,
@@ -131,16 +139,27 @@ def make_update(
 ) -> Outgoing:
     """Make the outgoing envelope and payload of a spooled update; equal arguments give equal bytes.
 
+    `mean_rank` bounds the columns of what leaves, `carried` is what earlier updates of the base lost (`feedback.py`).
+
     Raises:
         PayloadError: a factor is not finite.
     """
     norm(delta)  # before anything is withheld: a broken trainer must not pass because its NaN sits in a zeroed expert
+    due = delta if carried is None else joined(delta, carried)
     label = canonical_json([client_id, key_epoch, declaration.sequence, declaration.factors_sha256])
     if policy.dp == "off":
-        outgoing, counts, withheld = _bounded(declaration, delta, policy)
+        outgoing, counts, withheld = _bounded(declaration, due, policy)
     else:
         outgoing, counts, withheld = *_noised(declaration, delta, policy, signer.secret("noise"), label), 0
-    payload = encode(outgoing, encoding=encoding, seed=rounding_seed(signer.secret("rounding"), label))
+    squeezed = squeeze(
+        outgoing,
+        max_rank=declaration.adapter.rank,
+        mean_rank=mean_rank,
+        encoding=encoding,
+        seed=rounding_seed(signer.secret("rounding"), label),
+        feedback=error_feedback,
+    )
+    payload, spec = squeezed.payload, squeezed.spec
     digest = sha256_hex(payload)
     envelope = make_envelope(
         signer,
@@ -150,7 +169,7 @@ def make_update(
         sequence=declaration.sequence,
         base_version=declaration.base_version,
         base_digest=declaration.base_digest,
-        adapter=declaration.adapter.model_dump(),
+        adapter={"rank": spec.rank, "alpha": spec.alpha, "mode": spec.mode, "seed": spec.seed},
         expert_ids={layer: list(ids) for layer, ids in declaration.expert_ids.items()},
         **counts,
         encoding=encoding,
@@ -164,6 +183,7 @@ def make_update(
         experts=sum(map(len, declaration.expert_ids.values())),
         withheld=withheld,
         norm=norm(outgoing),
+        residual=squeezed.residual,
     )
 
 
@@ -234,7 +254,7 @@ class Sidecar:
 
     Args:
         policy: verified.
-        encoding: of what leaves; one that the policy lists.
+        outgoing: how it leaves; of an encoding that the policy lists.
         federation: that updates are for.
         client_id: this device.
         key_epoch: number of its key.
@@ -242,13 +262,14 @@ class Sidecar:
         ledger: of what left before.
         audit: log of decisions.
         outbox: durable queue to the log.
+        residuals: what earlier updates lost.
     """
 
     def __init__(
         self,
         *,
         policy: Policy,
-        encoding: Encoding,
+        outgoing: OutgoingConfig,
         federation: str,
         client_id: str,
         key_epoch: int,
@@ -256,10 +277,11 @@ class Sidecar:
         ledger: Ledger,
         audit: AuditLog,
         outbox: Outbox,
+        residuals: Residuals,
     ):
         self.policy, self.ledger, self.audit, self.outbox = policy, ledger, audit, outbox
-        self._who = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
-        self._encoding = encoding
+        self.identity = {"federation": federation, "client_id": client_id, "key_epoch": key_epoch, "signer": signer}
+        self._outgoing, self.residuals = outgoing, residuals
 
     def release(
         self, spool: Spool, sequence: int, *, held: Callable[[int, str], SnapshotManifest | None], now: float
@@ -285,7 +307,7 @@ class Sidecar:
             base = held(declaration.base_version, declaration.base_digest)
             shapes = check_declaration(declaration, base, self.policy)
             delta = spool.delta(declaration, shapes)
-            made = make_update(declaration, delta, policy=self.policy, encoding=self._encoding, **self._who)
+            made = self._make(declaration, delta)
             self._check_made(made)
             self.ledger.fix_experts(self.policy.version, sha256_hex(canonical_json(made.envelope.expert_ids)))
             spent = self._charge(made.envelope, now)
@@ -306,6 +328,8 @@ class Sidecar:
             )
         )
         failpoint("sidecar.after_audit")
+        if made.residual is not None:  # before the update is queued: it is never made again once it is
+            self.residuals.keep(sequence, envelope.base_digest, made.residual)
         self.outbox.put(
             sequence=sequence,
             update_id=envelope.update_id,
@@ -336,7 +360,7 @@ class Sidecar:
                 tokens=1,
                 max_loss=MAX_LOSS,
                 noise_multiplier=self.policy.dp.noise_multiplier,
-                secret=self._who["signer"].secret("telemetry"),
+                secret=self.identity["signer"].secret("telemetry"),
             )
         told = {name: round(min(max(getattr(event, name), 0.0), MAX_LOSS), 3) for name in ("loss_first", "loss_last")}
         told |= {"tokens": bucket(event.tokens), "seconds": float(f"{event.seconds:.2g}")}
@@ -345,6 +369,21 @@ class Sidecar:
     def close(self) -> None:
         """Let go of the ledger."""
         self.ledger.close()
+
+    def _make(self, declaration: Declaration, delta: Delta) -> Outgoing:
+        how, carried = self._outgoing, None
+        if how.error_feedback:
+            carried = self.residuals.carried(declaration.sequence, declaration.base_digest, delta)
+        return make_update(
+            declaration,
+            delta,
+            policy=self.policy,
+            encoding=how.encoding,
+            mean_rank=how.mean_rank,
+            error_feedback=how.error_feedback,
+            carried=carried,
+            **self.identity,
+        )
 
     def _check_made(self, made: Outgoing) -> None:
         sequence = made.envelope.sequence
@@ -407,7 +446,7 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
         StorageError: the file system refuses.
     """
     policy = load_policy(config.policy.file, config.policy.public_key)
-    _check_config(policy, config)
+    check_config(policy, config)
     log, anchor = audit_places(config)
     audit = AuditLog(log, anchor=anchor)
     ledger = Ledger(config.home / "sidecar" / "ledger.db")
@@ -415,7 +454,7 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
         audit.append(Decision(decision="policy", time_s=now, policy_version=policy.version))
     return Sidecar(
         policy=policy,
-        encoding=config.outgoing.encoding,
+        outgoing=config.outgoing,
         federation=config.federation,
         client_id=config.client_id,
         key_epoch=config.key_epoch,
@@ -423,6 +462,7 @@ def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
         ledger=ledger,
         audit=audit,
         outbox=outbox,
+        residuals=Residuals(config.home / "sidecar" / "residuals"),
     )
 
 
@@ -432,7 +472,12 @@ def audit_places(config: Tier2Config) -> tuple[Path, Path]:
     return own / "audit", config.audit.anchor or own / "anchor"
 
 
-def _check_config(policy: Policy, config: Tier2Config) -> None:
+def check_config(policy: Policy, config: Tier2Config) -> None:
+    """Refuse a configuration whose every update the policy would refuse.
+
+    Raises:
+        ConfigError: another federation, an encoding or an adapter that the policy does not list.
+    """
     if policy.federation != config.federation:
         raise ConfigError(
             f"policy {config.policy.file} is for federation {policy.federation}, this device is in "
@@ -442,6 +487,16 @@ def _check_config(policy: Policy, config: Tier2Config) -> None:
         raise ConfigError(
             f"outgoing.encoding = {config.outgoing.encoding} is not among encodings {', '.join(policy.encodings)} of "
             f"policy {policy.version}: choose one of them, or sign a policy that lists it"
+        )
+    if config.outgoing.error_feedback and policy.dp != "off":
+        raise ConfigError(
+            f"outgoing.error_feedback = true under policy {policy.version} with differential privacy, whose noise the "
+            "next update would take back: set it to false"
+        )
+    if config.outgoing.error_feedback and config.adapters.rank > FEEDBACK_MAX_RANK:
+        raise ConfigError(
+            f"adapters.rank with outgoing.error_feedback must be 1..{FEEDBACK_MAX_RANK}, got {config.adapters.rank}: "
+            "lower it, or set error_feedback to false"
         )
     how = config.adapters
     try:

@@ -306,6 +306,7 @@ class SidecarLoop:
             try:
                 self._take(sequence)
             except PayloadError as error:
+                self._held = False
                 _log.error("sidecar.refused", sequence=sequence, reason=error.reason, problem=str(error))
                 self.publish(refused=Refusal(id=uuid.uuid4().hex, sequence=sequence, reason=error.reason))
                 return

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from fednested_lib.rooms import prepare_rooms
 from fednested_lib.stopping import sigterm
 
 LAST_WORDS = "FEDNESTED_LAST_WORDS"  # the descriptor for a child's one line of error
+COMMAND = (sys.executable, "-m", "fednested_lib.cli", "tier2")
 GRACE_S = 30.0
 _LOOK_S = 0.05
 
@@ -140,13 +141,14 @@ def launch(
     return Child(role=role, process=process, words=words)
 
 
-def supervise(config: Tier2Config, path: Path, say: Callable[[str], None] = print) -> None:
+def supervise(config: Tier2Config, path: Path, say: Callable[[str], None], command: Sequence[str] = COMMAND) -> None:
     """Run a device as two processes until one ends, or SIGTERM or Ctrl-C arrives.
 
     Args:
         config: the device's.
         path: of its file, which both processes read.
         say: prints a line.
+        command: of the processes, followed by role and configuration.
 
     Raises:
         ConfigError: users or rights do not fit.
@@ -156,7 +158,6 @@ def supervise(config: Tier2Config, path: Path, say: Callable[[str], None] = prin
     how = plan(config, path)
     _log.info("device.isolation", reached=how.isolation.level, **vars(how.isolation))
     say(str(how.isolation))
-    command = [sys.executable, "-m", "fednested_lib.cli", "tier2"]
     with ExitStack() as stack:
         stopped = stack.enter_context(sigterm())
         children: list[Child] = []

@@ -122,5 +122,5 @@ def _gateway(config: Tier2Config) -> Transport:
         cert_file=settings.cert_file,
         key_file=settings.key_file,
     )
-    store = GatewayStore(gateway, config.home / "partials", chunk_bytes=settings.chunk_bytes)
+    store = GatewayStore(gateway, config.home / "sidecar/partials", chunk_bytes=settings.chunk_bytes)
     return Transport(log=GatewayLog(gateway), payloads=store, source=store)

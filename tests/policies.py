@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from fednested_lib.policy import EXAMPLE, Policy, write_policy
+from fednested_lib.policy import EXAMPLE, Policy, sign_policy, write_policy
 from fednested_lib.signing import Signer
 
 SITE = Signer.from_seed(b"site policy key, for tests only!")
@@ -18,6 +18,12 @@ def make_policy(**changes) -> Policy:
     """Return a policy in memory."""
     example = yaml.safe_load(EXAMPLE.format(federation="fednested"))
     return Policy.model_validate({**example, **OPEN, **changes})
+
+
+def write_text_policy(path: Path, *, comment: str) -> None:
+    """Write and sign the example with a comment at its top."""
+    path.write_text(f"# {comment}\n{EXAMPLE.format(federation='fednested')}")
+    sign_policy(path, SITE)
 
 
 def pin_policy(directory: Path, *, federation: str = "fednested", **changes) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import signal
 import socket
 import ssl
 from collections.abc import Iterator
@@ -187,4 +188,6 @@ def serve(server: uvicorn.Server) -> None:
         sockets = [config.bind_socket()]
     except SystemExit:
         raise TransportError(f"cannot listen on {config.host}:{config.port}: choose another --host or --port") from None
+    for each in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises what it caught once more when all is done
+        signal.signal(each, lambda *_: None)
     server.run(sockets)

@@ -258,6 +258,30 @@ def test_stops_when_the_federation_ends(world):
     assert run(world.config(), log=world.log).updates == 1
 
 
+def test_an_update_over_the_budget_is_kept_and_leaves_at_the_next_start(world):
+    """Over the policy's rate a device begins nothing new and keeps what it has, also when the federation ends."""
+    world.publish(4)
+    training = {"max_updates": 3, "updates_per_base": 3}
+    config = world.config(training=training, policy={"min_interval_s": 3600.0})
+    with Outbox(config.home / "outbox", max_bytes=1 << 24) as outbox:
+        device = Client(config, world.log, outbox, lambda: False)
+        while device.sidecar.orders.pause != "policy":
+            assert device.sidecar.turn() is None
+            device.trainer.turn()
+        for _ in range(5):  # nothing new is begun meanwhile
+            assert device.sidecar.turn() is None
+            assert not device.trainer.turn()
+        assert len(world.records()) == 1
+        world.tell(FederationEnd(federation="fednested", chain_seq=4))
+        device.sidecar.follow()
+        assert device.sidecar.turn().reason == "federation completed"
+        assert device.sidecar.spool.waiting() == [1]
+    world.publish(5)
+    policy = {"min_interval_s": 0.0, "version": 2}
+    assert run(world.config(training=training, policy=policy), log=world.log).updates == 2
+    assert [(each.sequence, each.base_version) for each in world.envelopes()] == [(0, 4), (1, 4), (2, 5)]
+
+
 def test_an_old_end_sent_again_stops_nobody(world):
     """Whoever may append can repeat a signed end; a device that holds a newer model, or saw it announced, works on."""
     world.publish(0)
@@ -359,6 +383,19 @@ def test_goes_back_when_a_new_snapshot_does_not_load(world, fault):
     assert [each.base_version for each in world.envelopes()] == [0, 0, 2]
     state = load_state(world.directory / "home/sidecar/state.json", SidecarState)
     assert ([model.version for model in state.models], state.unloadable) == ([2], None)
+
+
+def test_a_kill_on_the_way_back_to_the_old_snapshot_changes_nothing(world):
+    """The way back is one rename too: killed behind it, the device goes on with the model that loads."""
+    world.publish(0)
+    run(world.config(), log=world.log)
+    world.publish_unfit(1, "non_finite")
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    process = _fork(config, world.log, "sidecar.after_roll_back")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    run(config, log=world.log)
+    assert [each.base_version for each in world.envelopes()] == [0, 0]
 
 
 def test_heals_a_damaged_blob(world):
@@ -497,6 +534,19 @@ def test_a_kill_anywhere_changes_no_byte(world):
         run(config, log=world.clone_log())
         assert _outbox(config) == expected, failpoint
         assert not list((config.home / "spool").glob("0*")), failpoint
+
+
+def test_a_kill_while_going_back_to_the_old_snapshot_changes_nothing(world):
+    """SIGKILL between the decision for the old snapshot and the orders that name it: the restarted device goes on."""
+    world.publish(0)
+    run(world.config(), log=world.log)
+    world.publish_unfit(1, "bad_tokenizer")
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    process = _fork(config, world.clone_log(), "sidecar.after_roll_back")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    run(config, log=world.log)
+    assert [(each.sequence, each.base_version) for each in world.envelopes()] == [(0, 0), (1, 0)]
 
 
 def test_sends_again_what_is_not_settled_when_tier_1_asks(world):

@@ -15,6 +15,7 @@ from cryptography.x509.oid import NameOID
 from fednested_lib import cli, doctor
 from fednested_lib.finding import Finding
 from fednested_lib.log import InMemoryLog
+from fednested_lib.outbox import Outbox
 from fednested_lib.schedule import Readings
 from fednested_lib.transport import open_transport
 
@@ -88,6 +89,22 @@ def test_each_fault_is_named_alone(device: Device, what: str) -> None:
     bad = {name: str(each) for name, each in device.findings().items() if each.state == "bad"}
     assert list(bad) == [what]
     assert remedy in bad[what]
+
+
+def test_adapter_that_the_policy_does_not_list(device: Device) -> None:
+    """A device whose every update would be refused is told before it trains one."""
+    device.replace("rank: 8", "rank: 5")
+    assert "rank 5" in str(device.findings()["policy"])
+
+
+def test_dead_updates_are_shown(device: Device) -> None:
+    """What was refused for good is a warning with its reason, read while the sidecar holds the outbox."""
+    with Outbox(device.root / "device-home" / "outbox", max_bytes=1 << 20) as box:
+        box.put(0, "a" * 64, "updates", b"key", b"payload", b"envelope")
+        box.mark_dead("a" * 64, "gateway: unknown client")
+        found = device.findings()
+    assert found["outbox"].state == "ok"
+    assert "unknown client" in str(found["refused for good"])
 
 
 def test_policy_key_left_behind_is_a_warning(device: Device) -> None:
