@@ -39,6 +39,7 @@ from fednested_lib.log import UPDATES, KafkaLog
 from fednested_lib.outbox import Outbox
 from fednested_lib.snapshot import SLICE_TENSOR, SnapshotManifest, encode_blob, expert_shapes, slice_key
 from services.embedded import EmbeddedBroker
+from tests.policies import pin_policy
 from tier1.federation import Federation, open_federation
 from tier1.versions.commit import utc_now
 from tier1.versions.manifest import Genesis, NumericProfile
@@ -52,8 +53,10 @@ RANDOM, DONE = "random", "done"
 FAILPOINTS = {
     "device": (
         *("outbox.after_file", "outbox.after_row", "outbox.after_blob", "outbox.after_append", "outbox.after_mark"),
-        *("outbox.after_confirm", "client.after_fetch", "client.after_state", "client.after_spool"),
-        *("client.after_outbox", "client.after_send", "client.after_training", "durable.before_rename"),
+        *("outbox.after_confirm", "sidecar.after_fetch", "sidecar.after_orders", "sidecar.after_release"),
+        *("sidecar.after_send", "trainer.after_job", "trainer.after_status", "trainer.after_training"),
+        *("trainer.after_spool", "trainer.after_removal", "durable.before_rename"),
+        *("sidecar.after_charge", "sidecar.after_audit", "audit.after_line", "audit.after_key"),
     ),
     "aggregator": (
         *("journal.before_sync", "durable.before_rename", "fold.after_archive", "fold.after_blobs"),
@@ -66,7 +69,10 @@ FAILPOINTS = {
 }
 # Failpoints that no role of the campaign passes: why, and who kills there.
 ELSEWHERE = {
-    "client.after_send_again": "no log is lost here: tests/e2e/test_log_loss.py",
+    "sidecar.after_roll_back": "every snapshot loads here: tests/fednested_lib/test_client.py",
+    "sidecar.after_send_again": "no log is lost here: tests/e2e/test_log_loss.py",
+    "gateway.after_chunk": "devices speak to the broker: tests/services/test_gateway.py",
+    "gateway.after_range": "devices speak to the broker: tests/services/test_gateway.py",
     "resend.after_publish": "no log is lost here: tests/e2e/test_log_loss.py",
     "decide.after_append": "heads are approved past `decide`: tests/e2e/tier1_process.py",
     "registry.after_register": "no registry is kept: tests/e2e/tier1_process.py",
@@ -170,6 +176,7 @@ def make_federation(directory: Path, bootstrap: str) -> Path:
     """Write workspace, device keys and a genesis of random weights; return the configuration's path."""
     devices = directory / "devices"
     keys = {name: load_or_create_key(devices / f"{name}.key").public_key for name in CLIENTS}
+    pin_policy(devices, min_tokens_per_rank=1, updates_per_day=1_000_000)
     (devices / "text.jsonl").write_text('{"text": "nobody trains on this"}\n')
     config = create_workspace(
         directory,

@@ -27,6 +27,7 @@ def device_config(config: Path, client: str, target: int):
     """Describe one device beside the federation of `config`."""
     from fednested_lib.config import Tier2Config
     from fednested_lib.signing import Signer
+    from tests.policies import SITE
 
     root = config.parent
     return Tier2Config.model_validate(
@@ -39,7 +40,7 @@ def device_config(config: Path, client: str, target: int):
             "payloads_uri": str(root / "home/payloads"),
             "control": {"public_key": Signer.load(root / "keys/tier1.key").public_key, "poll_s": 0.05},
             "training": {"max_updates": target, "updates_per_base": 1000},
-            "policy": {"min_tokens_per_rank": 1},
+            "policy": {"file": root / "devices" / "policy.yaml", "public_key": SITE.public_key},
         }
     )
 
@@ -52,9 +53,9 @@ def device(config: Path, bootstrap: str, client: str, target: int) -> None:
 
     options = device_config(config, client, target)
     with ExitStack() as stack:
-        outbox = stack.enter_context(Outbox(options.home / "outbox", max_bytes=options.policy.outbox_bytes))
+        outbox = stack.enter_context(Outbox(options.home / "outbox", max_bytes=options.outgoing.outbox_bytes))
         one = Client(options, KafkaLog(bootstrap), outbox, lambda: False)
-        one.trainer = RandomTrainer(one)
+        one.trainer.local = RandomTrainer(options, one.trainer.spool)
         report = one.run()
     assert report.waiting == 0, report
 
@@ -62,20 +63,23 @@ def device(config: Path, bootstrap: str, client: str, target: int) -> None:
 class RandomTrainer:
     """Spools a random delta where a device would train one; equal jobs give equal deltas."""
 
-    def __init__(self, client):
-        self.client = client
+    def __init__(self, config, spool):
+        self.config, self.spool, self.loaded = config, spool, None
 
     def train(self, job, _stopped) -> None:
         """Spool the update of a job."""
+        from fednested_lib.blobs import BlobStore
         from fednested_lib.failpoints import failpoint
         from fednested_lib.snapshot import SnapshotManifest, expert_shapes
 
-        name, model = self.client.config.client_id, job.model
-        shapes = expert_shapes(SnapshotManifest.from_json(self.client.blobs.get(model.snapshot)))
+        name, model = self.config.client_id, job.model
+        blobs = BlobStore(self.config.home / "blobs")
+        shapes = expert_shapes(SnapshotManifest.from_json(blobs.get(model.snapshot)))
+        self.loaded = model.snapshot
         counts = {int(param.split(".")[2]): [256] * n for param, (n, _, _) in shapes.items()}
         delta = random_delta(shapes, f"{name}/{job.sequence}", RANKS[CLIENTS.index(name) % len(RANKS)])
-        failpoint("client.after_training")
-        self.client.spool.write(
+        failpoint("trainer.after_training")
+        self.spool.write(
             delta,
             sequence=job.sequence,
             base_version=model.version,
@@ -84,7 +88,7 @@ class RandomTrainer:
             distinct_tokens=counts,
             num_examples=8,
         )
-        failpoint("client.after_spool")
+        failpoint("trainer.after_spool")
 
 
 def random_delta(shapes, name: str, rank: int):

@@ -18,13 +18,14 @@ from statistics import quantiles
 import structlog
 from torch import Tensor
 
-from benchmarks.device_step import FEW, MANY, gradients, make_model, make_text, ours, peft_of, stepper
+from benchmarks.device_step import FEW, MANY, SPEC, VOCABULARY, gradients, make_model, make_text, ours, peft_of, stepper
 from benchmarks.registry import Reading, figure
 from benchmarks.results import ROOT
 from fednested_lib.adapters import attach, merge
 from fednested_lib.blobs import BlobStore
 from fednested_lib.delta import AdapterSpec
 from fednested_lib.frozen import FrozenWeight, quantise_experts
+from fednested_lib.memory import estimate
 from fednested_lib.snapshot import SnapshotManifest, build_model, describe_config, write_state_dict
 from fednested_lib.text import load_tokenizer, pack, read_texts
 from fednested_lib.training import mean_loss, train_adapters
@@ -110,6 +111,24 @@ def frozen_share() -> Reading:
 def step_memory() -> float:
     """Peak memory of a step above the loaded model, of peft's, at 64 experts; the worse of 64 and 256 tokens."""
     return max(100 * peak_bytes("fp32", n_tokens) / peak_bytes("peft", n_tokens) for n_tokens in (64, 256))
+
+
+@figure("device.memory_estimate", unit="x", bound="<= 1.5", cls="full")
+def memory_estimate() -> Reading:
+    """Estimate that `training.memory_limit_mb` goes by, of the measured peak of a step; 64 to 1024 tokens, int4 too."""
+    found = []
+    for kind, n_tokens in (("fp32", 64), ("fp32", 1024), ("int4", 256)):
+        manifest = SnapshotManifest(
+            version=0, family="mixtral", model_config=describe_config(make_model(MANY).config), tokenizer="", blobs={}
+        )
+        n_adapted = dict.fromkeys(range(4), MANY["num_local_experts"])
+        need = estimate(manifest, frozen=kind, rank=SPEC.rank, n_adapted=n_adapted, tokens=n_tokens, process_bytes=0)
+        # The factors and the table of tokens are there before the step that is measured.
+        table = sum(n_adapted.values()) * VOCABULARY
+        found.append((need.step + (need.adapters - table) * 4 // 5) / peak_bytes(kind, n_tokens))
+    if min(found) < 1:
+        raise RuntimeError(f"a step takes {1 / min(found):.2f} times its estimate: it would not have been refused")
+    return Reading(value=max(found), low=min(found), high=max(found))
 
 
 def peak_bytes(kind: str, n_tokens: int) -> int:

@@ -22,6 +22,7 @@ from fednested_lib.client import Client
 from fednested_lib.config import Tier2Config
 from fednested_lib.outbox import Outbox
 from fednested_lib.signing import Signer, sha256_hex
+from tests.policies import pin_policy
 from tier1.federation import Federation, open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.broadcast import publish_champion
@@ -132,11 +133,12 @@ class SmallFederation:
                 "blobs_uri": str(blobs),
                 "payloads_uri": str(self.tier1.home / "payloads"),
                 "control": {"public_key": self.tier1.signer.public_key},
+                "policy": pin_policy(self.directory / name),
                 "adapters": dict(adapters),
                 "training": dict(training),
             }
         )
-        outbox = Outbox(home / "outbox", max_bytes=config.policy.outbox_bytes)
+        outbox = Outbox(home / "outbox", max_bytes=config.outgoing.outbox_bytes)
         return Client(config, self.tier1.log, outbox, stopped=lambda: False)
 
 

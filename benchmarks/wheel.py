@@ -1,10 +1,12 @@
-"""Build the edge wheel as a release would: from a clean copy of the repository, never from a working directory."""
+"""The edge wheel as a release would build it, from a clean copy of the repository, and a device that installed it."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from benchmarks.results import ROOT
@@ -31,3 +33,25 @@ def build_wheel(target: Path, root: Path = ROOT) -> Path:
         raise RuntimeError(f"the wheel does not build: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     (wheel,) = target.glob("*.whl")
     return wheel
+
+
+def install_device(wheel: Path, venv: Path) -> Path:
+    """Make an environment with the wheel and third-party packages and nothing of this checkout; return its `bin`.
+
+    Links to this environment's packages stand for an installation of several minutes; fednested's own editable installs
+    stay behind.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    packages = venv / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    for source in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "fednested" not in source.name and source.name != "__pycache__" and source.suffix != ".pth":
+            (packages / source.name).symlink_to(source)
+    command = [sys.executable, "-m", "pip", "--python", venv / "bin/python", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*command, wheel], check=True, env=device_environment())
+    return venv / "bin"
+
+
+def device_environment(**extra: str) -> dict[str, str]:
+    """Return this environment without what would lead back to the checkout."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return {**kept, "OMP_NUM_THREADS": "1", **extra}

@@ -21,16 +21,17 @@ import yaml
 
 from examples.shakespeare import corpus as plays
 from fednested_lib.adapters import RoutedAdapters, attach
-from fednested_lib.config import ExportPolicyConfig
+from fednested_lib.config import OutgoingConfig
 from fednested_lib.delta import AdapterSpec, Delta
 from fednested_lib.envelope import HEADER, AdapterFields
 from fednested_lib.partition import expert_param
-from fednested_lib.sidecar import make_update
+from fednested_lib.sidecar import Outgoing, make_update
 from fednested_lib.signing import Signer, canonical_json, sha256_hex
 from fednested_lib.snapshot import SnapshotManifest, build_model, expert_shapes
 from fednested_lib.spool import Declaration
 from fednested_lib.text import load_tokenizer, pack, read_texts
 from fednested_lib.training import train_adapters
+from tests.policies import make_policy
 from tier1.evaluation.suites import evaluate
 from tier1.federation import Federation, open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
@@ -51,6 +52,7 @@ MODEL = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 128,
 }
+Experts = tuple[int, ...] | Mapping[int, tuple[int, ...]] | None
 _logs = itertools.count()
 
 
@@ -157,7 +159,7 @@ class World:
         client: str,
         sequence: int,
         *,
-        experts: tuple[int, ...] | None = None,
+        experts: Experts = None,
         rows: np.ndarray | None = None,
     ) -> Trained:
         """Train one update as a device does: fresh adapters, its own rows (or `rows`), seed from who and which.
@@ -167,10 +169,10 @@ class World:
             base: the version to start from.
             client: whose text.
             sequence: number of the update.
-            experts: ids adapted in every layer; None: all.
+            experts: ids adapted in every layer, or per layer; None: all.
             rows: other text, int32 [n, seq_len + 1]; not kept for another call.
         """
-        key = (sha256_hex(canonical_json(base.snapshot.blobs)), client, sequence, experts)
+        key = (sha256_hex(canonical_json(base.snapshot.blobs)), client, sequence, str(experts))
         if rows is None and key in self._trained:
             return self._trained[key]
         model, adapters = self._adapted(fed, base.snapshot, experts)
@@ -206,16 +208,15 @@ class World:
             self._rows[client] = pack(texts, tokenizer, self.sizes.seq_len, source=path, key="sizes.seq_len")
         return self._rows[client]
 
-    def _adapted(
-        self, fed: Federation, snapshot: SnapshotManifest, experts: tuple[int, ...] | None
-    ) -> tuple[Any, RoutedAdapters]:
+    def _adapted(self, fed: Federation, snapshot: SnapshotManifest, experts: Experts) -> tuple[Any, RoutedAdapters]:
         """Return the model of a snapshot with adapters; the last one is kept."""
         key = (snapshot.blobs, experts)
         if self._attached is None or self._attached[0] != key:
-            model = build_model(snapshot, fed.blobs, experts="fednested_lora")
+            same = self._attached is not None and self._attached[0][0] == snapshot.blobs
+            model = self._attached[1] if same else build_model(snapshot, fed.blobs, experts="fednested_lora")
             layers = sorted({expert_param(name)[0] for name in expert_shapes(snapshot)})
             spec = AdapterSpec(rank=self.sizes.rank, alpha=2.0 * self.sizes.rank)
-            chosen = None if experts is None else dict.fromkeys(layers, experts)
+            chosen = dict.fromkeys(layers, experts) if isinstance(experts, tuple) else experts
             self._attached = (key, model, attach(model, spec, chosen, seed=0))
         return self._attached[1:]
 
@@ -254,12 +255,19 @@ class Run:
         """The version that devices train on."""
         return self.fed.chain.state().champion
 
-    def honest(self, client: str, sequence: int, experts: tuple[int, ...] | None = None) -> Trained:
+    def honest(self, client: str, sequence: int, experts: Experts = None) -> Trained:
         """Train one honest update on the champion."""
         return self.world.train(self.fed, self.champion, client, sequence, experts=experts)
 
     def sealed(self, client: str, sequence: int, trained: Trained) -> tuple[bytes, bytes]:
         """Return (envelope, payload) as a device's sidecar makes them."""
+        made = self.made(client, sequence, trained, OutgoingConfig())
+        return made.envelope.to_bytes(), made.payload
+
+    def made(
+        self, client: str, sequence: int, trained: Trained, outgoing: OutgoingConfig, carried: Delta | None = None
+    ) -> Outgoing:
+        """Return what a device's sidecar makes of an update."""
         spec, base = trained.delta.spec, self.champion
         declaration = Declaration(
             sequence=sequence,
@@ -272,16 +280,19 @@ class Run:
             num_examples=trained.n_rows,
             factors_sha256="0" * 64,
         )
-        envelope, payload = make_update(
+        return make_update(
             declaration,
             trained.delta,
-            policy=ExportPolicyConfig(),
+            policy=make_policy(),
+            encoding=outgoing.encoding,
+            mean_rank=outgoing.mean_rank,
+            error_feedback=outgoing.error_feedback,
+            carried=carried,
             federation=self.fed.config.federation,
             client_id=client,
             key_epoch=0,
             signer=key_of(client),
         )
-        return envelope.to_bytes(), payload
 
     def append(self, client: str, envelope: bytes, payload: bytes) -> None:
         """Put one record on the log; a large payload goes to the drop box, as its envelope says."""

@@ -32,9 +32,11 @@ from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors, fixed_factor
 from fednested_lib.errors import ContractError
 from fednested_lib.frozen import is_quantised, project, project_back, quantised_experts_forward, require_masters
 from fednested_lib.partition import PROJECTIONS, expert_name, expert_param
+from fednested_lib.router_bias import RouterBias
 
 IMPLEMENTATION = "fednested_lora"
 _SLOT = "_fednested"  # a plain attribute of the module: adapters must not appear in the model's state dict
+_BIAS = "_fednested_bias"
 _ALIGNMENT_BYTES = 16  # grouped_mm wants rows of a multiple of this
 
 
@@ -246,16 +248,18 @@ class _TokenFeed:
 class RoutedAdapters:
     """The adapters of one model: parameters to train, counters, and the delta they make."""
 
-    def __init__(self, spec: AdapterSpec, layers: list[_LayerAdapter]):
-        self.spec = spec
+    def __init__(self, spec: AdapterSpec, layers: list[_LayerAdapter], router_bias: RouterBias | None = None):
+        self.spec, self.router_bias = spec, router_bias
         self._layers = layers
         self.expert_ids: dict[int, tuple[int, ...]] = {adapter.layer: adapter.expert_ids for adapter in layers}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the factors to train: A and Bᵀ, or Bᵀ alone; [n, R, ·], R padded with zeros to a multiple of four."""
+        """Yield what is trained: A and Bᵀ or Bᵀ alone, [n, R, ·], R padded with zeros to a multiple of four; biases."""
         for adapter in self._layers:
             for projection in PROJECTIONS:
                 yield from (factor for factor in adapter.factors[projection] if factor.requires_grad)
+        if self.router_bias is not None:
+            yield from self.router_bias.bias.values()
 
     @property
     def tokens(self) -> dict[int, list[int]]:
@@ -268,9 +272,21 @@ class RoutedAdapters:
         return {adapter.layer: adapter.seen_nv.sum(1).tolist() for adapter in self._layers}
 
     def reset(self, seed: int) -> None:
-        """Start again from B = 0 and A of this seed (of the spec's in mode `fixed_a`); counters too."""
+        """Start again from B = 0 and A of this seed (of the spec's in mode `fixed_a`); counters too, biases not."""
         for adapter in self._layers:
             adapter.reset(seed)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what training changes, by name: factors and counters, the tensors themselves."""
+        state = {}
+        for adapter in self._layers:
+            state |= {f"{adapter.layer}.routed": adapter.routed_n, f"{adapter.layer}.seen": adapter.seen_nv}
+            for projection, factors in adapter.factors.items():
+                for name, factor in zip("ab", factors, strict=True):
+                    state[f"{adapter.layer}.{projection}.{name}"] = factor.data
+        if self.router_bias is not None:
+            state |= {f"{layer}.router": bias.data for layer, bias in self.router_bias.bias.items()}
+        return state
 
     def to_delta(self) -> Delta:
         """Return what was learnt since the last reset (B started at zero, so it is local − snapshot)."""
@@ -286,7 +302,12 @@ class RoutedAdapters:
         return Delta(spec=self.spec, factors=factors)
 
 
-def _experts_modules(model: nn.Module) -> dict[int, nn.Module]:
+def experts_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Return layer → experts module, in the order of the layers.
+
+    Raises:
+        ContractError: the model has no fused experts.
+    """
     found = {}
     for name, module in model.named_modules():
         if name.endswith(".mlp.experts") and hasattr(module, "gate_up_proj"):
@@ -334,7 +355,12 @@ def _check_ids(layer: int, ids: tuple[int, ...], n_experts: int) -> tuple[int, .
 
 
 def attach(
-    model: nn.Module, spec: AdapterSpec, expert_ids: Mapping[int, tuple[int, ...]] | None, seed: int
+    model: nn.Module,
+    spec: AdapterSpec,
+    expert_ids: Mapping[int, tuple[int, ...]] | None,
+    seed: int,
+    *,
+    router_bias: bool = False,
 ) -> RoutedAdapters:
     """Freeze a model and put fresh adapters on its experts.
 
@@ -343,6 +369,7 @@ def attach(
         spec: rank and alpha.
         expert_ids: layer → ascending expert ids; None adapts every expert of every layer.
         seed: of the initial A.
+        router_bias: also train a bias per expert of every router, which is no part of the delta.
 
     Returns:
         The adapters; `detach(model)` takes them off again.
@@ -350,7 +377,7 @@ def attach(
     Raises:
         ContractError: the experts have another layout, or an id does not exist.
     """
-    modules = _experts_modules(model)
+    modules = experts_modules(model)
     wanted = (
         {layer: tuple(range(module.num_experts)) for layer, module in modules.items()}
         if expert_ids is None
@@ -372,7 +399,9 @@ def attach(
     model.requires_grad_(False)
     model.__dict__[_SLOT] = model.register_forward_pre_hook(feed.hook, with_kwargs=True)
     model.set_experts_implementation(IMPLEMENTATION)
-    adapters = RoutedAdapters(spec, layers)
+    bias = RouterBias(model) if router_bias else None
+    model.__dict__[_BIAS] = bias
+    adapters = RoutedAdapters(spec, layers, bias)
     adapters.reset(seed)
     return adapters
 
@@ -383,7 +412,10 @@ def detach(model: nn.Module) -> None:
     if hook is None:
         return
     hook.remove()
-    for module in _experts_modules(model).values():
+    bias = model.__dict__.pop(_BIAS, None)
+    if bias is not None:
+        bias.detach()
+    for module in experts_modules(model).values():
         module.__dict__.pop(_SLOT, None)
     if not is_quantised(model):  # those run here alone
         model.set_experts_implementation("grouped_mm")

@@ -22,7 +22,8 @@ from fednested_lib.signing import sha256_hex
 _OF_ONE_OBJECT = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 
 
-def _refused(path: str | os.PathLike, error: OSError, size_bytes: int) -> StorageError:
+def refused(path: str | os.PathLike, error: OSError, size_bytes: int) -> StorageError:
+    """Return our error for a file system that did not take so many bytes at `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(
             f"disk full: cannot write {size_bytes} bytes to {path}: free space, then run again; nothing is lost"
@@ -67,7 +68,7 @@ def write_durable(path: str | os.PathLike, data: bytes) -> None:
         os.replace(temporary, path)
         _fsync_directory(path.parent)
     except OSError as error:
-        raise _refused(path, error, len(data)) from error
+        raise refused(path, error, len(data)) from error
 
 
 def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
@@ -90,7 +91,7 @@ def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
             temporary.unlink(missing_ok=True)
         _fsync_directory(path.parent)
     except OSError as error:
-        raise _refused(path, error, len(data)) from error
+        raise refused(path, error, len(data)) from error
     return True
 
 

@@ -7,16 +7,21 @@ its exit code; `--debug` shows the traceback.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from fednested_lib.errors import ConfigError, FednestedError
 
+if TYPE_CHECKING:
+    from fednested_lib.signing import Signer
+
 ENTRY_POINTS = "fednested.commands"
-CHECKOUT_GROUPS = ("tier1", "approvals")
+CHECKOUT_GROUPS = ("tier1", "approvals", "gateway")
 CHECKOUT_REMEDY = "needs a checkout of the repository: run `make setup` there and use its .venv/bin/fednested"
 
 app = typer.Typer(
@@ -29,6 +34,8 @@ app = typer.Typer(
 tier2 = typer.Typer(help="Commands of a device.", no_args_is_help=True)
 messaging = typer.Typer(help="Topics of the update log.", no_args_is_help=True)
 app.add_typer(tier2, name="tier2")
+audit = typer.Typer(help="The device's own log of decisions.", no_args_is_help=True)
+tier2.add_typer(audit, name="audit")
 app.add_typer(messaging, name="messaging")
 
 
@@ -43,7 +50,7 @@ def init_config(
     directory: Path = typer.Option(Path("."), "--dir", help="Where to write; nothing is overwritten."),
     client_id: str = typer.Option("device-1", help="tier2: name of this device."),
 ) -> None:
-    """Write an example configuration and a fresh signing key."""
+    """Write an example configuration, a signed policy and fresh keys."""
     if profile == "tier2":
         typer.echo(_init_tier2(directory, client_id))
     elif profile == "tier1":
@@ -55,26 +62,142 @@ def init_config(
 def _init_tier2(directory: Path, client_id: str) -> str:
     from fednested_lib.blobs import create_exclusive
     from fednested_lib.config import TIER2_EXAMPLE
+    from fednested_lib.policy import EXAMPLE, sign_policy
+
+    path, policy = directory / "tier2.yaml", directory / "policy.yaml"
+    if path.exists():
+        raise ConfigError(f"{path} exists already: move it away or choose another --dir")
+    signer, site = _key(directory / "device.key"), _key(directory / "site-policy.key")
+    if create_exclusive(policy, EXAMPLE.format(federation="fednested").encode()):
+        sign_policy(policy, site)
+    if not create_exclusive(path, TIER2_EXAMPLE.format(client_id=client_id, policy_key=site.public_key).encode()):
+        raise ConfigError(f"{path} exists already: move it away or choose another --dir")
+    return (
+        f"wrote {path}; register client {client_id} at tier 1 with public key {signer.public_key}\n"
+        f"wrote and signed {policy}: what may leave; {directory / 'site-policy.key'} signs changes of it and belongs "
+        "to whoever answers for the site's data: move it off this device"
+    )
+
+
+def _key(path: Path) -> Signer:
     from fednested_lib.signing import Signer
 
-    path = directory / "tier2.yaml"
-    if not create_exclusive(path, TIER2_EXAMPLE.format(client_id=client_id).encode()):
-        raise ConfigError(f"{path} exists already: move it away or choose another --dir")
-    key = directory / "device.key"
-    signer = Signer.load(key) if key.exists() else Signer.generate()
-    if not key.exists():
-        signer.save(key)
-    return f"wrote {path}; register client {client_id} at tier 1 with public key {signer.public_key}"
+    if path.exists():
+        return Signer.load(path)
+    signer = Signer.generate()
+    signer.save(path)
+    return signer
 
 
 @tier2.command("run-client")
 def run_client(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
-    """Run the device loop until the federation ends or the process is told to stop."""
-    from fednested_lib.client import run
+    """Run the device, as two processes, until the federation ends or it is told to stop."""
     from fednested_lib.config import load_tier2
+    from fednested_lib.supervisor import supervise
 
-    report = run(load_tier2(config))
-    typer.echo(f"stopped: {report}")
+    supervise(load_tier2(config), config, typer.echo)
+
+
+@tier2.command("sidecar")
+def sidecar(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """Run the process that sends, and sees no data; for systemd (deploy/edge/)."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.processes import run_sidecar
+
+    typer.echo(f"stopped: {run_sidecar(load_tier2(config))}")
+
+
+@tier2.command("trainer")
+def trainer(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """Run the process that trains, and needs no network; for systemd (deploy/edge/)."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.processes import run_trainer
+
+    run_trainer(load_tier2(config))
+
+
+@tier2.command("forget-experts")
+def forget_experts(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """End the period of the chosen experts (`adapters.experts: auto`): the next update chooses anew."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.expert_choice import choice_path
+
+    path = choice_path(load_tier2(config).home)
+    existed = path.exists()
+    path.unlink(missing_ok=True)
+    typer.echo(f"removed {path}" if existed else f"nothing to forget: there is no {path}")
+
+
+@tier2.command("doctor")
+def doctor(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """Look at everything this device needs, and say what to do; changes nothing. Exit code 1 if something is bad."""
+    from fednested_lib.doctor import examine
+
+    states = []
+    for finding in examine(config):
+        typer.echo(finding)
+        states.append(finding.state)
+    typer.echo(f"{len(states)} findings: {states.count('bad')} bad, {states.count('warning')} warnings")
+    if "bad" in states:
+        raise typer.Exit(1)
+
+
+@tier2.command("sign-policy")
+def sign_policy(
+    policy: Path = typer.Argument(help="policy.yaml; its signature is written to policy.yaml.sig"),
+    key: Path = typer.Option(..., "--key", help="the site's policy key"),
+) -> None:
+    """Check a policy and sign it, so that devices which pin this key obey it from their next start on."""
+    from fednested_lib import policy as policies
+    from fednested_lib.signing import Signer
+
+    signed = policies.sign_policy(policy, Signer.load(key))
+    typer.echo(f"signed version {signed.version} of {policy} for federation {signed.federation}")
+
+
+@audit.command("verify")
+def verify_audit(
+    config: Path = typer.Option(..., "--config", help="tier2.yaml"),
+    key: Path | None = typer.Option(
+        None, "--key", help="first.key, if it was carried away; default: beside the anchor"
+    ),
+    noted: str | None = typer.Option(None, "--anchor", help="COUNT:MAC as this command printed it earlier"),
+) -> None:
+    """Check that the audit log was not edited, re-ordered or shortened, and print its anchor."""
+    from fednested_lib.audit import parse_anchor, verify_audit
+    from fednested_lib.config import load_tier2
+    from fednested_lib.sidecar import audit_places
+
+    log, anchor = audit_places(load_tier2(config))
+    typer.echo(str(verify_audit(log, anchor=anchor, first_key=key, noted=noted and parse_anchor(noted))))
+
+
+@tier2.command("outbox")
+def outbox(config: Path = typer.Option(..., "--config", help="tier2.yaml")) -> None:
+    """List what waits in the outbox, what is not settled, and what was refused for good."""
+    import time
+
+    from fednested_lib.config import load_tier2
+    from fednested_lib.outbox_survey import read_survey
+
+    typer.echo(read_survey(load_tier2(config).home / "outbox").describe(now=time.time()))
+
+
+@tier2.command("export-peft")
+def export_peft(
+    sequence: int = typer.Argument(help="number of an update that tier 1 has not settled yet"),
+    config: Path = typer.Option(..., "--config", help="tier2.yaml"),
+    directory: Path = typer.Option(..., "--to", help="directory to write; peft opens it beside the base model"),
+) -> None:
+    """Write an update as it leaves this device as a peft adapter, to look at; the device must be stopped."""
+    from fednested_lib.config import load_tier2
+    from fednested_lib.peft_export import export_update
+
+    envelope = export_update(load_tier2(config), sequence, directory)
+    typer.echo(
+        f"wrote {directory}: update {sequence}, {envelope.encoding}, rank {envelope.adapter.rank}, of version "
+        f"{envelope.base_version}"
+    )
 
 
 @messaging.command("bootstrap-topics")
@@ -140,7 +263,11 @@ def _configure_logging() -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    sys.stderr.write(f"fednested: {line}\n")
+    supervisor = os.environ.get("FEDNESTED_LAST_WORDS")  # it says it, when both processes have ended
+    if supervisor:
+        os.write(int(supervisor), line.encode()[:4096])
+    else:
+        sys.stderr.write(f"fednested: {line}\n")
     raise SystemExit(code)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fednested_lib.delta import Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
@@ -17,6 +17,7 @@ from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
 from fednested_lib.snapshot import Frozen
 
+UserName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,31}$")]
 PublicKey = Annotated[str, Field(pattern=HEX64)]
 MAX_SEED = (1 << 63) - 1  # what every random generator takes
 
@@ -38,22 +39,55 @@ class LogConfig(Section):
         return os.environ.get("FEDNESTED_KAFKA_BOOTSTRAP") or self.bootstrap
 
 
+class GatewayConfig(Section):
+    """Where tier 1's gateway is, who vouches for it, and this device's certificate if it is asked for one."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s?#@]+$")]
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    timeout_s: float = Field(default=30.0, gt=0, le=600)
+    chunk_bytes: int = Field(default=1 << 20, ge=1 << 12, le=8 << 20)
+
+
 class ModelConfig(Section):
     """How the frozen experts are held in memory: `fp32`, `int8` (a quarter of it) or `int4` (a seventh)."""
 
     frozen: Frozen = "fp32"
 
 
+class BudgetConfig(Section):
+    """How many experts a device chooses for itself: `experts` per layer, or `megabytes` of fp32 factors in all."""
+
+    experts: int | None = Field(default=None, ge=1, le=1 << 16)
+    megabytes: float | None = Field(default=None, gt=0, le=1e6)
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetConfig:
+        if (self.experts is None) == (self.megabytes is None):
+            raise ValueError("give either experts (per layer) or megabytes")
+        return self
+
+
 class AdaptersConfig(Section):
     """Low-rank adapters: `experts` lists the expert ids adapted in every layer, null means all.
 
+    `experts: auto` chooses those that the device's own text is routed to most, within `budget` (`expert_choice.py`).
     `mode` is `lora` (A and B are trained and sent) or `fixed_a` (B alone; A follows from the base version's digest).
     """
 
     mode: Mode = "lora"
     rank: int = Field(default=8, ge=1, le=256)
     alpha: float = Field(default=16.0, gt=0, le=1e6)
-    experts: list[Annotated[int, Field(ge=0)]] | None = None
+    experts: list[Annotated[int, Field(ge=0)]] | Literal["auto"] | None = None
+    budget: BudgetConfig | None = None
+    router_bias: bool = False
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> AdaptersConfig:
+        if (self.experts == "auto") != (self.budget is not None):
+            raise ValueError("experts: auto needs a budget, and nothing else has one")
+        return self
 
 
 class LocalTrainingConfig(Section):
@@ -61,6 +95,9 @@ class LocalTrainingConfig(Section):
 
     steps: int = Field(default=20, ge=2, le=100_000)
     batch_size: int = Field(default=4, ge=1, le=4096)
+    micro_batch_size: int | None = Field(default=None, ge=1, le=4096)
+    memory_limit_mb: int | None = Field(default=None, ge=1, le=10_000_000)
+    checkpoint_every: int | None = Field(default=None, ge=1, le=100_000)
     seq_len: int = Field(default=96, ge=8, le=8192)
     learning_rate: float = Field(default=4e-3, gt=0, le=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -69,13 +106,26 @@ class LocalTrainingConfig(Section):
     pace_s: float = Field(default=0.0, ge=0, le=86_400)
 
 
-class ExportPolicyConfig(Section):
-    """What may leave: distinct-token floor per expert as a multiple of the rank, norm bound, encoding."""
+class PolicyConfig(Section):
+    """What may leave is in a file of its own (`policy.py`), signed by the key that is pinned here."""
 
-    min_tokens_per_rank: int = Field(default=4, ge=1, le=1000)
-    max_norm: float = Field(default=50.0, gt=0, le=1e12)
+    file: Path
+    public_key: PublicKey
+
+
+class OutgoingConfig(Section):
+    """How it leaves, within the policy: encoding, rank, error feedback, room for updates that nobody confirmed yet."""
+
     encoding: Encoding = "int8"
+    mean_rank: float | None = Field(default=None, gt=0, le=256)
+    error_feedback: bool = False
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
+
+
+class AuditConfig(Section):
+    """Where the audit log's anchor and first key lie, apart from the log; null: `sidecar/anchor` in the home."""
+
+    anchor: Path | None = None
 
 
 class ControlConfig(Section):
@@ -84,6 +134,41 @@ class ControlConfig(Section):
     public_key: PublicKey
     poll_s: float = Field(default=0.5, gt=0, le=3600)
     resend_after_s: float = Field(default=600.0, gt=0, le=2_592_000)
+
+
+class EnergyConfig(Section):
+    """Energy for training per day: what the device draws while it trains, and how many watt-hours it may spend so."""
+
+    watts: float = Field(gt=0, le=1e5)
+    wh_per_day: float = Field(gt=0, le=1e6)
+
+
+class ScheduleConfig(Section):
+    """When the device may train; null means no bound, and a bound without a reading forbids (`schedule.py`)."""
+
+    power: Literal["any", "mains"] = "any"
+    min_battery_percent: float | None = Field(default=None, ge=0, le=100)
+    max_temperature_c: float | None = Field(default=None, ge=0, le=150)
+    max_load_per_core: float | None = Field(default=None, gt=0, le=1000)
+    window: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    energy: EnergyConfig | None = None
+    check_s: float = Field(default=10.0, gt=0, le=3600)
+
+
+class IsolationConfig(Section):
+    """Users that trainer and sidecar run as when `run-client` starts as root; the least isolation that will do."""
+
+    trainer_user: UserName | None = None
+    sidecar_user: UserName | None = None
+    require: Literal["none", "network", "users"] = "none"
+
+    @model_validator(mode="after")
+    def _both(self) -> IsolationConfig:
+        if (self.trainer_user is None) != (self.sidecar_user is None) or (
+            self.trainer_user is not None and self.trainer_user == self.sidecar_user
+        ):
+            raise ValueError("trainer_user and sidecar_user must be two different users, or both left out")
+        return self
 
 
 class Tier2Config(Section):
@@ -96,14 +181,20 @@ class Tier2Config(Section):
     home: Path
     data: Path
     heldout: Path | None = None
-    blobs_uri: str
-    payloads_uri: str
+    transport: Literal["kafka", "http"] = "kafka"
+    blobs_uri: str | None = None
+    payloads_uri: str | None = None
+    gateway: GatewayConfig | None = None
     log: LogConfig = LogConfig()
     control: ControlConfig
     model: ModelConfig = ModelConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     training: LocalTrainingConfig = LocalTrainingConfig()
-    policy: ExportPolicyConfig = ExportPolicyConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    isolation: IsolationConfig = IsolationConfig()
+    policy: PolicyConfig
+    outgoing: OutgoingConfig = OutgoingConfig()
+    audit: AuditConfig = AuditConfig()
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -118,7 +209,7 @@ def load_yaml(path: str | os.PathLike, model: type[Model], *, command: str) -> M
         command: the command that writes a valid example, named as the remedy.
 
     Raises:
-        ConfigError: missing file, not YAML, a key twice, unknown key, wrong type or value.
+        ConfigError: the file is missing or unreadable, and as `parse_document`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -126,6 +217,21 @@ def load_yaml(path: str | os.PathLike, model: type[Model], *, command: str) -> M
         raise ConfigError(f"config file {path} does not exist: write one with `{command}`") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}): it must be UTF-8 YAML") from error
+    return parse_document(text, path, model, command=command)
+
+
+def parse_document(text: str, path: str | os.PathLike, model: type[Model], *, command: str) -> Model:
+    """Parse the text of one YAML document into a strict model.
+
+    Args:
+        text: of the file.
+        path: where it was read, for messages.
+        model: pydantic class that describes it.
+        command: as for `load_yaml`.
+
+    Raises:
+        ConfigError: not YAML, a key twice, unknown key, wrong type or value.
+    """
     document = _parse_yaml(text, path, command)
     if not isinstance(document, dict):
         raise ConfigError(
@@ -207,11 +313,29 @@ def load_tier2(path: str | os.PathLike) -> Tier2Config:
     """Load a device configuration; paths are made absolute relative to the file."""
     config = load_yaml(path, Tier2Config, command="fednested init-config tier2")
     base = Path(path).resolve().parent
+    needed = ("gateway",) if config.transport == "http" else ("blobs_uri", "payloads_uri")
+    for name in needed:
+        if getattr(config, name) is None:
+            raise ConfigError(
+                f"config file {path}: key {name} is missing: transport {config.transport} needs it "
+                "(`fednested init-config tier2` writes a full example)"
+            )
     paths = {name: base / getattr(config, name) for name in ("key", "home", "data")}
     if config.heldout is not None:
         paths["heldout"] = base / config.heldout
-    uris = {name: resolve_uri(getattr(config, name), base) for name in ("blobs_uri", "payloads_uri")}
-    return config.model_copy(update={**paths, **uris})
+    paths["policy"] = config.policy.model_copy(update={"file": base / config.policy.file})
+    if config.audit.anchor is not None:
+        paths["audit"] = AuditConfig(anchor=base / config.audit.anchor)
+    uris = {
+        name: resolve_uri(uri, base)
+        for name in ("blobs_uri", "payloads_uri")
+        if (uri := getattr(config, name)) is not None
+    }
+    gateway = config.gateway
+    if gateway is not None:
+        files = {name: getattr(gateway, name) for name in ("ca_file", "cert_file", "key_file")}
+        gateway = gateway.model_copy(update={name: base / file for name, file in files.items() if file is not None})
+    return config.model_copy(update={**paths, **uris, "gateway": gateway})
 
 
 def resolve_uri(uri: str, base: Path) -> str:
@@ -231,9 +355,14 @@ blobs_uri: ../home/blobs        # where snapshots are fetched from (path or fssp
 payloads_uri: ../home/payloads  # where large payloads are put before their pointer is sent
 log:
   bootstrap: 127.0.0.1:9092     # FEDNESTED_KAFKA_BOOTSTRAP wins
+# transport: http               # instead of the three above: everything goes through tier 1's gateway
+# gateway: {{url: https://gateway.example, ca_file: ca.pem}}
 control:
   public_key: ""            # 64 hex digits: tier 1's public key (identity.pub); events of others are ignored
 adapters: {{rank: 8, alpha: 16.0, experts: null}}
 training: {{steps: 20, batch_size: 4, seq_len: 96, learning_rate: 0.004}}
-policy: {{min_tokens_per_rank: 4, max_norm: 50.0, encoding: int8}}
+policy:
+  file: policy.yaml             # what may leave; signed
+  public_key: "{policy_key}"
+outgoing: {{encoding: int8}}
 """

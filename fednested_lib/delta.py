@@ -19,6 +19,8 @@ extra fields), and names, types, shapes and finiteness are checked. Nothing is e
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -158,7 +160,7 @@ def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
     Args:
         delta: the factors, all finite.
         encoding: ``int8`` (default), ``int4``, ``fp16`` or ``fp32``.
-        seed: 0 ≤ seed < 2**128, of the stochastic rounding; by convention H(client id, sequence).
+        seed: 0 ≤ seed < 2**128, of the stochastic rounding; of the device's secret (`sidecar.py`).
 
     Raises:
         PayloadError: unknown encoding, non-finite values, or an A that is not the one of the seed.
@@ -168,7 +170,7 @@ def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
 
     if encoding not in ENCODINGS:
         raise PayloadError(
-            "bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}: set policy.encoding"
+            "bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}: set outgoing.encoding"
         )
     return bytes(cramjam.zstd.compress(save(_encode_tensors(delta, encoding, seed)), level=3))
 
@@ -215,9 +217,26 @@ def _expected(
     return expected
 
 
-def _decompress(payload: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+def _is_one_frame(payload: bytes) -> bool:
+    """Walk the blocks of a zstd frame (RFC 8878, 3.1.1): readers skip other frames, in which anything may hide."""
+    if len(payload) < 6 or payload[:4] != b"\x28\xb5\x2f\xfd":
+        return False
+    descriptor = payload[4]
+    single, checksum = descriptor >> 5 & 1, descriptor >> 2 & 1
+    at = 6 - single + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6]
+    while at + 3 <= len(payload):
+        block = int.from_bytes(payload[at : at + 3], "little")
+        at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)  # type 1 holds one byte, to be repeated
+        if block & 1:
+            return at + 4 * checksum == len(payload)
+    return False
+
+
+def _decompress(payload: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> np.ndarray:
     import cramjam
 
+    if not _is_one_frame(payload):
+        raise PayloadError("bad_frame", "payload is not one zstd frame and nothing else: no second or skippable frame")
     bound = 16 + sum(
         _HEADER_BYTES_PER_TENSOR + dtype.itemsize * int(np.prod(shape)) for dtype, shape in expected.values()
     )
@@ -226,10 +245,43 @@ def _decompress(payload: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int
         n = cramjam.zstd.decompress_into(payload, buffer)
     except Exception as error:  # cramjam raises its own DecompressionError or ValueError
         raise PayloadError("bad_frame", f"payload is not a zstd frame of at most {bound} bytes ({error})") from error
-    return buffer[:n].tobytes()
+    return buffer[:n]
 
 
-def _parse(raw: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+def _canonical_header(expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+    """Return the header that safetensors writes for such tensors: wide types first, then by name; padded to 8 bytes."""
+    words = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8"}
+    header, at = {}, 0
+    for name, (dtype, shape) in sorted(expected.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        end = at + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": words[dtype.name], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _views(raw: np.ndarray, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, np.ndarray] | None:
+    """Return the tensors of a file that is canonical to the byte, without a copy; None for any other."""
+    header = _canonical_header(expected)
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in expected.values())
+    if raw.size != len(header) + size or raw[: len(header)].tobytes() != header:
+        return None
+    tensors, at = {}, len(header)
+    for name, (dtype, shape) in sorted(expected.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        end = at + dtype.itemsize * math.prod(shape)
+        tensors[name] = raw[at:end].view(dtype).reshape(shape)
+        at = end
+    return tensors
+
+
+def _parse(raw: np.ndarray, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    tensors = _views(raw, expected)
+    return _parse_odd(raw.tobytes(), expected) if tensors is None else tensors
+
+
+def _parse_odd(raw: bytes, expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    """Say what is wrong with a file that is not canonical."""
     from safetensors import SafetensorError
     from safetensors.numpy import load, save
 
@@ -303,7 +355,7 @@ def _widen(tensors: Mapping[str, np.ndarray], key: str, factor: str, length: int
     if tensors[key].dtype == np.uint8:
         vectors = unpack_int4(key, tensors[key], tensors[f"{key}.scale"], length)
         return vectors if factor == "lora_a" else np.ascontiguousarray(vectors.transpose(0, 2, 1))
-    values = tensors[key].astype(np.float32)
+    values = tensors[key].astype(np.float32, copy=False)
     if f"{key}.scale" in tensors:
         scale = tensors[f"{key}.scale"]
         values *= scale[:, :, None] if factor == "lora_a" else scale[:, None, :]

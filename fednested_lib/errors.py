@@ -6,18 +6,24 @@
     ├── ContractError(reason)         4   bytes from outside break the contract; `reason` is machine readable
     │   ├── EnvelopeError                 unsigned, altered or malformed envelope
     │   ├── PayloadError                  a delta that does not match its envelope, or is not finite
+    │   │   └── PolicyRefused             the device's policy will never let this update leave
     │   ├── PartitionError                a parameter that no rule names
     │   └── SnapshotError                 a missing or corrupt blob
     ├── TransportError                5   a server or store cannot be reached (recoverable: try again)
     ├── StorageError                  6   full disk, missing permission
+    │   └── OutboxFull                    no room for another update (recoverable: wait for receipts)
     ├── LogError                      7   the update log lost or re-used offsets
     ├── ChainError                    8
     │   ├── ChainConflict                 another committer was first (recoverable: fold again on the new head)
     │   └── ChainCorrupt                  an entry was altered, removed or signed by a stranger
     ├── GovernanceError               9
     │   ├── PolicyDenied                  the policy does not allow it, or cannot decide
+    │   ├── PolicyWait(reason)            the device's policy does not let an update leave yet (recoverable: wait)
+    │   ├── AuditError                    the device's audit log was edited, shortened or cannot be verified
     │   └── PromotionBlocked              a requirement of promotion is missing
-    └── TrainingError                10   the loss is not finite
+    ├── TrainingError                10   the loss is not finite
+    ├── IsolationError               11   the device cannot keep its trainer apart as its configuration requires
+    └── ProcessEnded                 as the process   one of a device's two processes ended with an error
 
 A message has the name, the value, the bound and the remedy. Our errors are for users, `assert` is for programmers.
 """
@@ -66,6 +72,10 @@ class PayloadError(ContractError):
     """The payload is not what its envelope declares."""
 
 
+class PolicyRefused(PayloadError):
+    """The device's policy will never let this update leave."""
+
+
 class PartitionError(ContractError):
     """A parameter name is in no group of its model family."""
 
@@ -75,15 +85,28 @@ class SnapshotError(ContractError):
 
 
 class TransportError(FednestedError):
-    """A server or store cannot be reached; trying again may help."""
+    """A server or store cannot be reached; trying again may help.
+
+    Args:
+        message: the sentence for a person.
+        retry_after_s: the server's word on how long to wait, None if it gave none.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StorageError(FednestedError):
     """The file system refuses: disk full, no permission."""
 
     exit_code = 6
+
+
+class OutboxFull(StorageError):
+    """The outbox keeps as many bytes as it may; receipts make room."""
 
 
 class LogError(FednestedError):
@@ -116,6 +139,25 @@ class PolicyDenied(GovernanceError):
     """The policy denies, or cannot decide, which is the same."""
 
 
+class PolicyWait(GovernanceError):
+    """The device's policy does not let an update leave yet.
+
+    Args:
+        reason: machine-readable rule.
+        message: the sentence for a person.
+        not_before_s: when it may, seconds since the epoch; None: not under this policy.
+    """
+
+    def __init__(self, reason: str, message: str, *, not_before_s: float | None):
+        super().__init__(message)
+        self.reason = reason
+        self.not_before_s = not_before_s
+
+
+class AuditError(GovernanceError):
+    """The audit log of a device is not what its keys and its anchor say."""
+
+
 class PromotionBlocked(GovernanceError):
     """A candidate lacks something that promotion requires."""
 
@@ -124,3 +166,22 @@ class TrainingError(FednestedError):
     """Training produced a loss that is not finite."""
 
     exit_code = 10
+
+
+class IsolationError(FednestedError):
+    """The trainer cannot be kept apart as the configuration requires."""
+
+    exit_code = 11
+
+
+class ProcessEnded(FednestedError):
+    """One of a device's two processes ended with an error.
+
+    Args:
+        message: which one, and its last words.
+        exit_code: that it ended with; 128 and the signal if one killed it.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -8,7 +8,9 @@ Each arrow is a failpoint. A crash before the row leaves an orphan file, swept a
 append and mark sends the record twice with the same update id, which the aggregator's dedupe shows. A sent payload
 stays until a manifest or receipt names it. Only the oldest row is ever in flight, so one device's updates stay in
 order; its back-off has full jitter (Brooker, *Exponential Backoff and Jitter*, 2015) and lives in the row, so a restart
-loop cannot hammer a broker that is down.
+loop cannot hammer a broker that is down. A server that says how long to wait is obeyed instead, up to an hour. The row
+also says when it was written: a clock that shows less than that was set back, and nothing waits for it. Order is that
+of sequence numbers, never of any clock.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ from pathlib import Path
 
 import structlog
 
-from fednested_lib.blobs import BlobStore, write_durable
+from fednested_lib.blobs import write_durable
 from fednested_lib.envelope import HEADER, INLINE_LIMIT_BYTES
-from fednested_lib.errors import ContractError, PayloadError, StorageError, TransportError
+from fednested_lib.errors import ContractError, OutboxFull, PayloadError, StorageError, TransportError
 from fednested_lib.failpoints import failpoint
-from fednested_lib.log import UpdateLog
 from fednested_lib.signing import sha256_hex
+from fednested_lib.transport import DeviceLog, PayloadStore
 
 BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 60.0
+RETRY_AFTER_LEAST_S, RETRY_AFTER_CAP_S = 0.1, 3600.0  # a server that says "at once" for ever must not be hammered
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS updates(
@@ -45,13 +48,15 @@ CREATE TABLE IF NOT EXISTS updates(
   state TEXT NOT NULL DEFAULT 'ready' CHECK(state IN ('ready', 'sent', 'dead', 'confirmed')),
   attempts INTEGER NOT NULL DEFAULT 0,
   not_before_s REAL NOT NULL DEFAULT 0,
+  failed_at_s REAL NOT NULL DEFAULT 0,
   last_error TEXT,
   log_partition INTEGER,
   log_offset INTEGER
 )
 """
 _COLUMNS = (
-    "sequence, update_id, topic, key, envelope, payload_sha256, payload_bytes, attempts, not_before_s, last_error"
+    "sequence, update_id, topic, key, envelope, payload_sha256, payload_bytes, attempts, not_before_s, failed_at_s,"
+    " last_error"
 )
 
 _log = structlog.get_logger(__name__)
@@ -59,7 +64,10 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class OutboxItem:
-    """One update in the outbox; `not_before_s` is the time (s since the epoch) before which it is not tried again."""
+    """One update in the outbox.
+
+    It failed last at `failed_at_s` and is not tried again before `not_before_s`, both seconds since the epoch.
+    """
 
     sequence: int
     update_id: str
@@ -70,7 +78,12 @@ class OutboxItem:
     payload_bytes: int
     attempts: int
     not_before_s: float
+    failed_at_s: float
     last_error: str | None
+
+    def wait_s(self, now: float) -> float:
+        """Return how long to wait before the next attempt; 0 if the clock was set back since the last one."""
+        return max(0.0, self.not_before_s - now) if now >= self.failed_at_s else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +129,8 @@ class Outbox:
         self._execute("PRAGMA journal_mode=WAL")
         self._execute("PRAGMA synchronous=FULL")
         self._execute(_SCHEMA)
+        if "failed_at_s" not in {row[1] for row in self._execute("PRAGMA table_info(updates)")}:  # of an older release
+            self._execute("ALTER TABLE updates ADD COLUMN failed_at_s REAL NOT NULL DEFAULT 0")
         self._sweep()
 
     def put(self, sequence: int, update_id: str, topic: str, key: bytes, payload: bytes, envelope: bytes) -> None:
@@ -195,15 +210,28 @@ class Outbox:
             (reason, update_id),
         )
 
-    def mark_failed(self, update_id: str, error: str, *, now: float, rng: random.Random) -> float:
-        """Record a failed attempt and return the time before which the next one must not be made."""
+    def mark_failed(
+        self, update_id: str, error: str, *, now: float, rng: random.Random, retry_after_s: float | None = None
+    ) -> float:
+        """Record a failed attempt and return the time before which the next one must not be made.
+
+        Args:
+            update_id: of the update.
+            error: what to tell a person.
+            now: seconds since the epoch.
+            rng: draws the back-off.
+            retry_after_s: the server's wish, which wins.
+        """
         (attempts,) = self._execute("SELECT attempts FROM updates WHERE update_id = ?", (update_id,)).fetchone()
-        not_before_s = now + rng.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(attempts, 16)))
+        wait_s = rng.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(attempts, 16)))
+        if retry_after_s is not None:
+            wait_s = min(max(retry_after_s, RETRY_AFTER_LEAST_S), RETRY_AFTER_CAP_S)
         self._execute(
-            "UPDATE updates SET attempts = attempts + 1, not_before_s = ?, last_error = ? WHERE update_id = ?",
-            (not_before_s, error, update_id),
+            "UPDATE updates SET attempts = attempts + 1, not_before_s = ?, failed_at_s = ?, last_error = ?"
+            " WHERE update_id = ?",
+            (now + wait_s, now, error, update_id),
         )
-        return not_before_s
+        return now + wait_s
 
     def send_again(self, update_ids: Iterable[str]) -> None:
         """Queue sent updates once more, e.g. because no manifest named them for long; the aggregator dedupes."""
@@ -260,9 +288,9 @@ class Outbox:
             "SELECT coalesce(sum(payload_bytes), 0) FROM updates WHERE state != 'confirmed'"
         ).fetchone()
         if used + payload_bytes > self.max_bytes:
-            raise StorageError(
+            raise OutboxFull(
                 f"outbox {self.directory} holds {used} of {self.max_bytes} bytes and cannot take {payload_bytes} more: "
-                "let it send and wait for receipts, or raise policy.outbox_bytes"
+                "let it send and wait for receipts, or raise outgoing.outbox_bytes"
             )
 
     def _sweep(self) -> None:
@@ -288,8 +316,8 @@ class Outbox:
 
 def drain(
     outbox: Outbox,
-    log: UpdateLog,
-    payload_store: BlobStore,
+    log: DeviceLog,
+    payload_store: PayloadStore,
     *,
     now: Callable[[], float],
     rng: random.Random,
@@ -316,8 +344,8 @@ def drain(
     give_up_at = now() + patience_s
     while items := outbox.pending():
         item = items[0]
-        wait_s = item.not_before_s - now()
-        if 0 < wait_s <= BACKOFF_CAP_S:  # a longer wait means that the clock was set back: do not stall
+        wait_s = item.wait_s(now())
+        if wait_s > 0:
             error = item.last_error
             if now() + wait_s > give_up_at:
                 break
@@ -328,7 +356,7 @@ def drain(
             _send(item, outbox, log, payload_store)
             sent.append(item.update_id)
         except TransportError as problem:
-            outbox.mark_failed(item.update_id, str(problem), now=now(), rng=rng)
+            outbox.mark_failed(item.update_id, str(problem), now=now(), rng=rng, retry_after_s=problem.retry_after_s)
             _log.warning("outbox.send_failed", update_id=item.update_id, attempts=item.attempts + 1)
         except PayloadError as problem:
             outbox.mark_dead(item.update_id, f"{problem.reason}: {problem}")
@@ -338,7 +366,7 @@ def drain(
     return DrainReport(sent=tuple(sent), dead=tuple(dead), left=left, error=error if left else None)
 
 
-def _send(item: OutboxItem, outbox: Outbox, log: UpdateLog, payload_store: BlobStore) -> None:
+def _send(item: OutboxItem, outbox: Outbox, log: DeviceLog, payload_store: PayloadStore) -> None:
     value = outbox.payload(item)
     if len(value) > INLINE_LIMIT_BYTES:
         payload_store.put(value)

@@ -7,6 +7,7 @@ Ed25519 (RFC 8032) over such bytes.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -76,6 +77,10 @@ class Signer:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(self._private_key.private_bytes_raw().hex() + "\n")
         path.with_suffix(".pub").write_text(self.public_key + "\n", encoding="ascii")
+
+    def secret(self, label: str) -> bytes:
+        """Return 32 bytes that nobody without this key can compute, always the same ones for one label."""
+        return hmac.digest(self._private_key.private_bytes_raw(), f"fednested.secret/{label}".encode(), "sha256")
 
     def sign(self, message: bytes) -> str:
         """Return the signature as 128 hex digits."""

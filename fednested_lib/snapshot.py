@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fednested_lib.frozen import FrozenWeight
+    from fednested_lib.transport import BlobSource
 
 Frozen = Literal["fp32", "int8", "int4"]  # how a device holds the experts in memory; snapshots are fp32
 FORMAT = "fednested.snapshot/1"
@@ -382,7 +383,7 @@ class FetchReport:
     skipped: int
 
 
-def fetch(manifest: SnapshotManifest, source: BlobStore, target: BlobStore, *, verify: bool = False) -> FetchReport:
+def fetch(manifest: SnapshotManifest, source: BlobSource, target: BlobStore, *, verify: bool = False) -> FetchReport:
     """Copy the blobs that `target` does not hold; an interrupted fetch continues where it stopped.
 
     Args:

@@ -24,6 +24,7 @@ from fednested_lib.errors import TrainingError
 
 if TYPE_CHECKING:
     from fednested_lib.adapters import RoutedAdapters
+    from fednested_lib.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,17 @@ def _batches(n_rows: int, batch_size: int, steps: int, seed: int) -> Iterator[np
         queue = queue[batch_size:]
 
 
+def _gradient(model: nn.Module, rows: np.ndarray, micro_batch_size: int) -> float:
+    """Add the gradient of the mean loss of rows, part by part; returns the loss."""
+    total = 0.0
+    for start in range(0, len(rows), micro_batch_size):
+        part = rows[start : start + micro_batch_size]
+        loss = _nats(model, part, "mean") * (len(part) / len(rows))
+        total += float(loss.detach())
+        loss.backward()
+    return total
+
+
 def train_adapters(
     model: nn.Module,
     adapters: RoutedAdapters,
@@ -86,7 +98,9 @@ def train_adapters(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    micro_batch_size: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainReport:
     """Train attached adapters in place.
 
@@ -98,7 +112,11 @@ def train_adapters(
         batch_size: rows per step; rows repeat when there are fewer.
         learning_rate: constant.
         seed: of the order of rows, 0 ≤ seed < 2**128.
-        on_step: called with (step, nats per token) after each step.
+        micro_batch_size: most rows in memory at a time: gradients of a step are summed over such parts. The same
+            gradient but for fp32 rounding.
+        on_step: called with (step, nats per token) after each step; what it raises ends the training.
+        checkpoint: where to go on from, and what to write on the way and when `on_step` ends the training. A training
+            that goes on gives the same bits as one that never stopped.
 
     Raises:
         TrainingError: the loss is not finite; the adapters are then worthless.
@@ -107,25 +125,34 @@ def train_adapters(
     assert steps >= 1
     parameters = list(adapters.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    losses: list[float] = []
+    reached = None if checkpoint is None else checkpoint.restore(adapters, optimizer)
+    done, first, last = reached or (0, math.nan, math.nan)
     model.eval()
     with deterministic():
         for step, rows in enumerate(_batches(len(tokens), batch_size, steps, seed)):
+            if step < done:
+                continue
             optimizer.zero_grad(set_to_none=True)
-            loss = _nats(model, tokens[rows], "mean")
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
+            last = _gradient(model, tokens[rows], micro_batch_size or batch_size)
+            first = last if step == 0 else first
+            if not math.isfinite(last):
                 raise TrainingError(
-                    f"loss of step {step + 1} of {steps} is {losses[-1]}, must be finite: "
+                    f"loss of step {step + 1} of {steps} is {last}, must be finite: "
                     f"lower training.learning_rate ({learning_rate})"
                 )
-            loss.backward()
             optimizer.step()
+            if checkpoint is not None and checkpoint.due(step + 1) and step + 1 < steps:
+                checkpoint.save(step + 1, first, last, adapters, optimizer)
             if on_step is not None:
-                on_step(step, losses[-1])
+                try:
+                    on_step(step, last)
+                except Exception:
+                    if checkpoint is not None:
+                        checkpoint.save(step + 1, first, last, adapters, optimizer)
+                    raise
     return TrainReport(
-        loss_first=losses[0],
-        loss_last=losses[-1],
+        loss_first=first,
+        loss_last=last,
         tokens=steps * batch_size * (tokens.shape[1] - 1),
         examples=len(tokens),
     )

@@ -54,6 +54,13 @@ class _Server:
         """Whether the server's guard lives."""
         return self._guard is not None and self._guard.poll() is None
 
+    def kill(self) -> None:
+        """End the server and its guard with SIGKILL, as a power cut would; `start` brings it back."""
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            os.killpg(guard.pid, signal.SIGKILL)
+            guard.wait()
+
     def start(self):
         """Start the server, wait until it answers, and return self; a stopped server starts again on the same port.
 

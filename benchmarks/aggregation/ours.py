@@ -21,7 +21,6 @@ from safetensors.numpy import save
 
 from benchmarks.aggregation.workload import Shape
 from fednested_lib.blobs import BlobStore
-from fednested_lib.config import ExportPolicyConfig
 from fednested_lib.delta import Delta, Encoding
 from fednested_lib.envelope import INLINE_LIMIT_BYTES, AdapterFields, Envelope, make_envelope
 from fednested_lib.log import TOPICS, UPDATES, UpdateLog
@@ -30,6 +29,7 @@ from fednested_lib.sidecar import make_update
 from fednested_lib.signing import Signer, sha256_hex
 from fednested_lib.snapshot import SLICE_TENSOR, encode_blob, read_slice, slice_key
 from fednested_lib.spool import Declaration
+from tests.policies import make_policy
 from tier1.aggregation.fold import numeric_profile
 from tier1.config import DeviceRecord
 from tier1.versions.admission import Admission, admit
@@ -187,15 +187,17 @@ class Federation:
             num_examples=TOKENS,
             factors_sha256="0" * 64,
         )
-        return make_update(
+        made = make_update(
             declaration,
             delta,
-            policy=ExportPolicyConfig(max_norm=NO_CLIP, encoding=encoding),
+            policy=make_policy(max_norm=NO_CLIP),
+            encoding=encoding,
             federation=FEDERATION,
             client_id=name,
             key_epoch=0,
             signer=self.signers[name],
         )
+        return made.envelope, made.payload
 
     def broken(self, name: str, delta: Delta) -> tuple[Envelope, bytes]:
         """Make what a hostile device sends that has no sidecar: a well-formed, signed update of NaN alone."""

@@ -12,6 +12,7 @@ import yaml
 
 from examples.shakespeare.settings import DemoSettings
 from fednested_lib.errors import FednestedError
+from fednested_lib.policy import write_policy
 from fednested_lib.signing import Signer
 
 _GUARD = Path(__file__).resolve().parents[2] / "services" / "process_guard.py"
@@ -62,6 +63,10 @@ def write_config(
             "pace_s": pace_s,
         },
     }
+    adapter = {"mode": "lora", "rank": settings.rank, "alpha": float(settings.alpha)}
+    site = Signer.generate()  # in a real federation whoever answers for the device's data keeps it
+    policy = write_policy(directory / client / "policy.yaml", site, federation=federation, adapters=[adapter])
+    document["policy"] = {"file": "policy.yaml", "public_key": policy.public_key}
     path = directory / client / "tier2.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""The contract of the update log, held by the in-memory twin and by a real Kafka broker alike."""
+"""The contract of the update log: the in-memory twin, a real Kafka broker, and a gateway before it for devices."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import pytest
 
 from fednested_lib.errors import ConfigError, LogError, PayloadError, TransportError
+from fednested_lib.gateway_log import GatewayLog
 from fednested_lib.log import MAX_RECORD_BYTES, InMemoryLog, KafkaLog, Record, UpdateLog, records_digest
+from tests.gateway import connect, make_gateway, serving
 
 
 @dataclass
 class Subject:
-    log: UpdateLog
+    log: UpdateLog | GatewayLog
     delete_before: Callable[[str, int, int], None]
+    owner: UpdateLog  # creates topics
 
     def topic(self, partitions: int = 3) -> str:
         name = f"t.{uuid.uuid4().hex}"
-        self.log.create_topics({name: partitions})
+        self.owner.create_topics({name: partitions})
         return name
 
     def fill(self, topic: str, count: int) -> list[tuple[int, int]]:
@@ -42,15 +46,23 @@ def _delete_records(bootstrap: str, topic: str, partition: int, offset: int) -> 
         future.result(10)
 
 
-@pytest.fixture(params=["memory", "kafka"])
+@pytest.fixture(params=["memory", "kafka", "gateway"])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     if request.param == "memory":
         log = InMemoryLog()
-        yield Subject(log, log.delete_before)
+        yield Subject(log, log.delete_before, log)
+        return
+    if request.param == "gateway":
+        log, directory = InMemoryLog(), request.getfixturevalue("tmp_path")
+        with (
+            serving(make_gateway(directory / "gateway", log).app()) as url,
+            closing(GatewayLog(connect(url))) as device,
+        ):
+            yield Subject(device, log.delete_before, log)
         return
     bootstrap = request.getfixturevalue("kafka_bootstrap")
     log = KafkaLog(bootstrap, timeout_s=10)
-    yield Subject(log, lambda topic, partition, offset: _delete_records(bootstrap, topic, partition, offset))
+    yield Subject(log, lambda topic, partition, offset: _delete_records(bootstrap, topic, partition, offset), log)
     log.close()
 
 
@@ -159,12 +171,12 @@ def test_a_topic_that_is_not_there_is_said_and_not_created(subject: Subject):
 
 
 def test_creating_topics_twice_is_harmless_and_another_count_is_refused(subject: Subject):
-    """Bootstrap is run again and again; a changed partition count would move keys."""
+    """Bootstrap is run again and again; a changed partition count would move keys. A device cannot create any."""
     topic = subject.topic(3)
     subject.fill(topic, 4)
-    subject.log.create_topics({topic: 3})
+    subject.owner.create_topics({topic: 3})
     assert sum(high for _, high in subject.log.watermarks(topic).values()) == 4
-    with pytest.raises(ConfigError, match=r"must have 2 partition\(s\), got 3"):
+    with pytest.raises(ConfigError, match=r"must have 2 partition\(s\), got 3|created at tier 1"):
         subject.log.create_topics({topic: 2})
 
 
@@ -210,7 +222,8 @@ def test_both_logs_give_the_same_digest_of_the_same_records(subject: Subject):
     """A cut's digest must not depend on which implementation read it, nor on the order of reading."""
     topic = subject.topic()
     subject.fill(topic, 12)
-    twin = Subject(InMemoryLog(), lambda *_: None)
+    memory = InMemoryLog()
+    twin = Subject(memory, memory.delete_before, memory)
     twin.log.create_topics({topic: 3})
     twin.fill(topic, 12)
     records = list(subject.log.read(topic, subject.log.watermarks(topic)))

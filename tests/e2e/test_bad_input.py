@@ -19,6 +19,7 @@ from fednested_lib.errors import StorageError
 from fednested_lib.signing import Signer
 from services.embedded import EmbeddedBroker
 from tests.federation import Device, device_key, make_federation, make_workspace, random_delta, write_text
+from tests.policies import pin_policy
 from tier1.federation import open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
@@ -62,6 +63,7 @@ def tier2(directory: Path, bootstrap="127.0.0.1:1", text=None, **changes) -> Pat
         "payloads_uri": "payloads",
         "log": {"bootstrap": bootstrap, "timeout_s": 3},
         "control": {"public_key": Signer.from_seed(b"1" * 32).public_key},
+        "policy": pin_policy(directory),
         **changes,
     }
     path = directory / "tier2.yaml"

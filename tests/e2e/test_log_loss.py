@@ -193,7 +193,7 @@ def test_a_resend_survives_kills_of_who_asks_and_who_answers(world, tmp_path):
     world.turn()  # the committer repairs the view
     bootstrap, made = world.broker.bootstrap, str(world.made["bob"])
     arguments = ("device", str(world.config), bootstrap, "bob", made)
-    killed = process("benchmarks.kills_roles", *arguments, failpoint="client.after_send_again")
+    killed = process("benchmarks.kills_roles", *arguments, failpoint="sidecar.after_send_again")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert heal(world) == {"duplicate": PER_TURN}
     check(world, tmp_path, given_up=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,11 +18,11 @@ import pytest
 import torch
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.client import Client, _expert_tokens, run
+from fednested_lib.client import Client, run
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import decode
 from fednested_lib.envelope import HEADER, Envelope, parse_envelope, verify_envelope
-from fednested_lib.errors import DataError, SnapshotError, StorageError, TrainingError, TransportError
+from fednested_lib.errors import DataError, SnapshotError, StorageError, TransportError
 from fednested_lib.events import (
     FederationEnd,
     ModelAvailable,
@@ -31,8 +33,12 @@ from fednested_lib.events import (
 )
 from fednested_lib.log import CONTROL, TELEMETRY, TOPICS, UPDATES, InMemoryLog
 from fednested_lib.outbox import Outbox
+from fednested_lib.sidecar_loop import SidecarState
 from fednested_lib.signing import Signer
 from fednested_lib.snapshot import SnapshotManifest, describe_config, expert_shapes, slice_key, write_state_dict
+from fednested_lib.state import load_state
+from fednested_lib.telemetry import expert_tokens
+from tests.policies import pin_policy
 
 SERVER = Signer.from_seed(b"s" * 32)
 DEVICE = Signer.from_seed(b"d" * 32)
@@ -64,6 +70,20 @@ class World:
             blobs=write_state_dict(self.model.state_dict(), "mixtral", self.blobs),
         )
         self.announce(manifest, chain_seq=version, federation=federation)
+        return manifest
+
+    def publish_unfit(self, version: int, fault: str) -> SnapshotManifest:
+        manifest = self.publish(version)
+        if fault == "non_finite":
+            broken = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
+            broken["model.norm.weight"][0] = float("nan")
+            changes = {"blobs": write_state_dict(broken, "mixtral", self.blobs)}
+        elif fault == "other_architecture":
+            changes = {"model_config": {**manifest.model_config, "hidden_act": "nobody knows"}}
+        else:
+            changes = {"tokenizer": self.blobs.put(b"{}")}
+        manifest = replace(manifest, **changes)
+        self.announce(manifest, chain_seq=version)
         return manifest
 
     def announce(
@@ -104,7 +124,7 @@ class World:
             "control": CONTROL_KEYS,
             "adapters": {"rank": 2, "alpha": 4.0},
             "training": {**training, **sections.pop("training", {})},
-            "policy": {"min_tokens_per_rank": 1, **sections.pop("policy", {})},
+            "policy": pin_policy(self.directory, **{"min_tokens_per_rank": 1, **sections.pop("policy", {})}),
             **sections,
         }
         return Tier2Config.model_validate(document)
@@ -155,7 +175,7 @@ def test_one_update_end_to_end(world):
     told = {layer: ([int(each) for each in by], list(by.values())) for layer, by in event.expert_tokens.items()}
     assert told == {layer: (ids, envelope.tokens[layer]) for layer, ids in envelope.expert_ids.items()}
     assert b"cat" not in telemetry.value
-    local = json.loads((world.directory / "home/training/000000000000.json").read_bytes())
+    local = json.loads((world.directory / "home/trainer/reports/000000000000.json").read_bytes())
     assert local["heldout_after"] < local["heldout_before"]
 
 
@@ -163,9 +183,9 @@ def test_telemetry_leaves_out_what_it_has_no_room_for():
     """A record must not grow with the model: above 16,384 experts the counts stay in the envelope."""
     most = {"0": [0] * 10_000, "1": [0] * 6_384}
     ids = {layer: list(range(len(tokens))) for layer, tokens in most.items()}
-    assert _expert_tokens(Envelope.model_construct(expert_ids=ids, tokens=most)).keys() == {"0", "1"}
+    assert expert_tokens(Envelope.model_construct(expert_ids=ids, tokens=most)).keys() == {"0", "1"}
     more = {"0": [*ids["0"], 10_000], "1": ids["1"]}
-    assert _expert_tokens(Envelope.model_construct(expert_ids=more, tokens=more)) is None
+    assert expert_tokens(Envelope.model_construct(expert_ids=more, tokens=more)) is None
 
 
 def test_one_update_per_base_and_fresh_adapters(world):
@@ -185,7 +205,7 @@ def test_one_update_per_base_and_fresh_adapters(world):
     run(config, log=world.log)
     rows = [tuple(row) for row in _outbox(config)]
     assert [(parse_envelope(row[1]).sequence, parse_envelope(row[1]).base_version) for row in rows] == [(0, 0), (1, 1)]
-    state = json.loads((config.home / "state.json").read_bytes())
+    state = json.loads((config.home / "trainer/state.json").read_bytes())
     assert state["next_row"] == 2 * 3 * 2
 
 
@@ -238,6 +258,30 @@ def test_stops_when_the_federation_ends(world):
     assert run(world.config(), log=world.log).updates == 1
 
 
+def test_an_update_over_the_budget_is_kept_and_leaves_at_the_next_start(world):
+    """Over the policy's rate a device begins nothing new and keeps what it has, also when the federation ends."""
+    world.publish(4)
+    training = {"max_updates": 3, "updates_per_base": 3}
+    config = world.config(training=training, policy={"min_interval_s": 3600.0})
+    with Outbox(config.home / "outbox", max_bytes=1 << 24) as outbox:
+        device = Client(config, world.log, outbox, lambda: False)
+        while device.sidecar.orders.pause != "policy":
+            assert device.sidecar.turn() is None
+            device.trainer.turn()
+        for _ in range(5):  # nothing new is begun meanwhile
+            assert device.sidecar.turn() is None
+            assert not device.trainer.turn()
+        assert len(world.records()) == 1
+        world.tell(FederationEnd(federation="fednested", chain_seq=4))
+        device.sidecar.follow()
+        assert device.sidecar.turn().reason == "federation completed"
+        assert device.sidecar.spool.waiting() == [1]
+    world.publish(5)
+    policy = {"min_interval_s": 0.0, "version": 2}
+    assert run(world.config(training=training, policy=policy), log=world.log).updates == 2
+    assert [(each.sequence, each.base_version) for each in world.envelopes()] == [(0, 4), (1, 4), (2, 5)]
+
+
 def test_an_old_end_sent_again_stops_nobody(world):
     """Whoever may append can repeat a signed end; a device that holds a newer model, or saw it announced, works on."""
     world.publish(0)
@@ -288,7 +332,7 @@ def test_sends_again_what_a_newer_model_does_not_name(world):
     assert len(world.records()) == 1  # no newer model: nobody is waiting for it
     world.improve()
     world.publish(1)
-    _eventually(lambda: len(world.records()) >= 3)
+    _eventually(lambda: len({envelope.update_id for envelope in world.envelopes()}) == 2)
     ids = [envelope.update_id for envelope in world.envelopes()]
     assert ids.count(ids[0]) >= 2
     world.tell(UpdatesSettled(federation="fednested", chain_seq=1, update_ids=sorted(set(ids))))
@@ -316,6 +360,44 @@ def test_fetches_only_what_changed_and_prunes(world):
     assert world.blobs.has(first.blobs[key])
 
 
+@pytest.mark.parametrize("fault", ["non_finite", "other_architecture", "bad_tokenizer"])
+def test_goes_back_when_a_new_snapshot_does_not_load(world, fault):
+    """A device whose newest model is unfit works on with the one before it, takes the bad one no second time, and the
+    next one as usual."""
+    first = world.publish(0)
+    run(world.config(training={"max_updates": 1}), log=world.log)
+    world.publish_unfit(1, fault)
+    options = {"updates_per_base": 2}
+    run(world.config(training={**options, "max_updates": 2}), log=world.log)
+    assert [each.base_version for each in world.envelopes()] == [0, 0]
+    state = load_state(world.directory / "home/sidecar/state.json", SidecarState)
+    assert ([model.version for model in state.models], state.unloadable.version) == ([0], 1)
+    own = {first.tokenizer, *first.blobs.values(), world.blobs.put(first.to_json())}
+    assert set(BlobStore(world.directory / "home/blobs").digests()) == own
+    Path(world.blobs.location(state.unloadable.snapshot)).unlink()
+    device = Client(world.config(), world.log, Mock(last_sequence=lambda: 1, unconfirmed=list), lambda: False)
+    device.follow()  # a restarted one asks for it no more: it is not even there
+    world.improve()
+    world.publish(2)
+    run(world.config(training={**options, "max_updates": 3}), log=world.log)
+    assert [each.base_version for each in world.envelopes()] == [0, 0, 2]
+    state = load_state(world.directory / "home/sidecar/state.json", SidecarState)
+    assert ([model.version for model in state.models], state.unloadable) == ([2], None)
+
+
+def test_a_kill_on_the_way_back_to_the_old_snapshot_changes_nothing(world):
+    """The way back is one rename too: killed behind it, the device goes on with the model that loads."""
+    world.publish(0)
+    run(world.config(), log=world.log)
+    world.publish_unfit(1, "non_finite")
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    process = _fork(config, world.log, "sidecar.after_roll_back")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    run(config, log=world.log)
+    assert [each.base_version for each in world.envelopes()] == [0, 0]
+
+
 def test_heals_a_damaged_blob(world):
     """A blob that rotted on the device is fetched again; one that is broken at its source is named."""
     manifest = world.publish(0)
@@ -337,13 +419,14 @@ def test_bad_input_is_one_named_error(world):
     with torch.no_grad():
         world.model.model.norm.weight[0] = float("nan")
     world.publish(1)
-    with pytest.raises(TrainingError, match=r"loss of step 1 of 3 is nan.*training\.learning_rate"):
+    with pytest.raises(SnapshotError, match=r"version 1 is not fit: loss over .* is nan"):
         run(world.config(heldout=None), log=world.log)
     assert world.records() == []
-    (world.directory / "broken").mkdir()
-    (world.directory / "broken/state.json").write_text("{}x")
-    with pytest.raises(StorageError, match=r"broken/state\.json"):
-        run(world.config("broken"), log=world.log)
+    for room in ("trainer", "sidecar"):
+        (world.directory / f"broken-{room}" / room).mkdir(parents=True)
+        (world.directory / f"broken-{room}" / room / "state.json").write_text("{}x")
+        with pytest.raises(StorageError, match=rf"{room}/state\.json"):
+            run(world.config(f"broken-{room}"), log=world.log)
     world.log.reachable = False
     with pytest.raises(TransportError):
         run(world.config("fresh"), log=world.log)
@@ -364,7 +447,7 @@ def test_offline_device_keeps_its_update(world, monkeypatch):
         dying.append(CONTROL, key=record.key, value=record.value, headers=dict(record.headers))
     config = world.config()
     with monkeypatch.context() as patch:
-        patch.setattr("fednested_lib.client._FAREWELL_S", 0.2)
+        patch.setattr("fednested_lib.sidecar_loop.FAREWELL_S", 0.2)
         report = run(config, log=dying)
     assert (report.updates, report.waiting) == (1, 1)
     assert "1 not sent yet" in str(report)
@@ -372,12 +455,14 @@ def test_offline_device_keeps_its_update(world, monkeypatch):
     assert [envelope.sequence for envelope in world.envelopes()] == [0]
 
 
-def test_a_lost_state_file_uses_no_number_twice(world):
-    """Without its state file a device goes on after the last number in its outbox."""
+@pytest.mark.parametrize("lost", ["trainer", "sidecar", "outbox", "sidecar orders", "sidecar outbox orders"])
+def test_a_lost_memory_uses_no_number_twice(world, lost):
+    """Whatever one side forgets, and the sidecar even all it has, the device goes on after the last number it sent."""
     world.publish(0)
     run(world.config(), log=world.log)
-    (world.directory / "home/state.json").unlink()
-    run(world.config(training={"max_updates": 2}), log=world.log)
+    for room in lost.split():
+        shutil.rmtree(world.directory / "home" / room)
+    run(world.config(training={"max_updates": 2, "updates_per_base": 2}), log=world.log)
     assert [envelope.sequence for envelope in world.envelopes()] == [0, 1]
 
 
@@ -418,14 +503,14 @@ def _outbox(config: Tier2Config) -> list[tuple]:
 
 
 FAILPOINTS = [
-    "client.after_fetch",
-    "client.after_state",
-    "client.after_training",
-    "client.after_spool",
-    "client.after_outbox",
-    "client.after_send",
-    "client.after_state:2",
-    "client.after_spool:2",
+    "sidecar.after_fetch",
+    "trainer.after_job",
+    "trainer.after_training",
+    "trainer.after_spool",
+    "sidecar.after_release",
+    "sidecar.after_send",
+    "trainer.after_job:2",
+    "trainer.after_spool:2",
     "outbox.after_file",
     "outbox.after_row",
     "outbox.after_append",
@@ -448,7 +533,20 @@ def test_a_kill_anywhere_changes_no_byte(world):
         assert process.exitcode == -signal.SIGKILL, failpoint
         run(config, log=world.clone_log())
         assert _outbox(config) == expected, failpoint
-        assert not list((config.home / "spool").glob("*")), failpoint
+        assert not list((config.home / "spool").glob("0*")), failpoint
+
+
+def test_a_kill_while_going_back_to_the_old_snapshot_changes_nothing(world):
+    """SIGKILL between the decision for the old snapshot and the orders that name it: the restarted device goes on."""
+    world.publish(0)
+    run(world.config(), log=world.log)
+    world.publish_unfit(1, "bad_tokenizer")
+    config = world.config(training={"updates_per_base": 2, "max_updates": 2})
+    process = _fork(config, world.clone_log(), "sidecar.after_roll_back")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    run(config, log=world.log)
+    assert [(each.sequence, each.base_version) for each in world.envelopes()] == [(0, 0), (1, 0)]
 
 
 def test_sends_again_what_is_not_settled_when_tier_1_asks(world):
@@ -512,9 +610,9 @@ def test_a_control_topic_that_regrew_between_two_looks_is_read_from_its_beginnin
         for _ in range(more):
             world.tell(FederationEnd(federation="other", chain_seq=2))
         device.follow()
-        assert device.state.model.version == 2
+        assert device.sidecar.model.version == 2
         assert [item.update_id for item in outbox.pending()] == [late.update_id]
-        assert device._ended is not None
+        assert device.sidecar.ended is not None
 
 
 def test_a_control_topic_cut_while_a_device_looks_is_read_at_the_next_look(world, monkeypatch):
@@ -528,10 +626,10 @@ def test_a_control_topic_cut_while_a_device_looks_is_read_at_the_next_look(world
         world.log._records[CONTROL][0].clear()
         with monkeypatch.context() as patch:
             patch.setattr(world.log, "watermarks", Mock(side_effect=[seen, world.log.watermarks(CONTROL)]))
-            device._online(device.follow)
+            device.sidecar.online(device.follow)
         world.tell(FederationEnd(federation="fednested", chain_seq=0))
         device.follow()
-        assert device._ended is not None
+        assert device.sidecar.ended is not None
 
 
 def test_a_control_topic_that_is_read_twice_changes_nothing(world):
@@ -550,23 +648,23 @@ def test_a_control_topic_that_is_read_twice_changes_nothing(world):
         world.publish(2)
         device.follow()
         device.send()
-        held = device.state, device._ended, outbox.unconfirmed()
-        assert device._ended is None
-        device._control_digest = "of another record"
+        held = device.sidecar.state, device.sidecar.ended, outbox.unconfirmed()
+        assert device.sidecar.ended is None
+        device.sidecar.topic._digest = "of another record"
         device.follow()
-        assert (device.state, device._ended, outbox.unconfirmed()) == held
+        assert (device.sidecar.state, device.sidecar.ended, outbox.unconfirmed()) == held
         world.tell(FederationEnd(federation="fednested", chain_seq=2))
-        for digest in (device._control_digest, "of another record"):
-            device._control_digest = digest
+        for digest in (device.sidecar.topic._digest, "of another record"):
+            device.sidecar.topic._digest = digest
             device.follow()
-            assert device._ended is not None
+            assert device.sidecar.ended is not None
 
 
 def test_what_is_in_the_outbox_is_never_made_again(world):
     """A device whose text changed while it was dead still sends the update it had made, and no second one."""
     world.publish(0)
     config = world.config()
-    process = _fork(config, world.clone_log(), "client.after_outbox")
+    process = _fork(config, world.clone_log(), "sidecar.after_release")
     process.join(60)
     made = [row[:3] for row in _outbox(config)]
     (world.directory / "text.jsonl").write_text(json.dumps({"text": "quite another text about a dog " * 20}))
@@ -580,7 +678,7 @@ def test_sigterm_ends_cleanly(world):
     world.publish(0)
     config = world.config(training={"pace_s": 3600.0})
     process = _fork(config, world.clone_log())
-    _eventually(lambda: list((config.home / "spool").glob("*.json")))
+    _eventually(lambda: list((config.home / "spool").glob("0*.json")))
     started = time.monotonic()
     process.terminate()
     process.join(10)

@@ -55,11 +55,34 @@ def test_aliases_and_equal_keys_in_different_sections_are_fine(tmp_path):
     assert load_yaml(path, Outer, command="x").other.size == 2
 
 
+@pytest.mark.parametrize(
+    ("added", "removed", "problem"),
+    [
+        ("transport: http\ngateway: {url: 'https://g', ca_file: ca.pem}\n", ("blobs_uri", "payloads_uri"), None),
+        ("transport: http\n", (), "key gateway is missing: transport http needs it"),
+        ("", ("payloads_uri",), "key payloads_uri is missing: transport kafka needs it"),
+        ("transport: ftp\n", (), "transport = 'ftp'"),
+        ("transport: http\ngateway: {url: 'ftp://g'}\n", (), "gateway.url = 'ftp://g'"),
+        ("transport: http\ngateway: {url: 'https://g', chunk_bytes: 1}\n", (), "gateway.chunk_bytes = 1"),
+    ],
+)
+def test_each_transport_says_what_it_needs(tmp_path, added, removed, problem):
+    """A device with half a transport does not start; file names are relative to the configuration."""
+    example = TIER2_EXAMPLE.format(client_id="romeo", policy_key="0" * 64).replace('""', f'"{"0" * 64}"', 1)
+    lines = [line for line in example.splitlines(keepends=True) if not line.startswith(removed or ("-",))]
+    (tmp_path / "tier2.yaml").write_text("".join(lines) + added)
+    if problem is None:
+        assert load_tier2(tmp_path / "tier2.yaml").gateway.ca_file == tmp_path / "ca.pem"
+        return
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        load_tier2(tmp_path / "tier2.yaml")
+
+
 @pytest.mark.parametrize(("value", "held"), [(None, "fp32"), ("int4", "int4"), ("nf4", None)])
 def test_how_experts_are_held(tmp_path, value, held):
     """Experts are fp32 unless `model.frozen` says otherwise; another word is one line with the key and the choices."""
     path = tmp_path / "tier2.yaml"
-    example = TIER2_EXAMPLE.format(client_id="romeo").replace('""', f'"{"0" * 64}"', 1)
+    example = TIER2_EXAMPLE.format(client_id="romeo", policy_key="0" * 64).replace('""', f'"{"0" * 64}"', 1)
     path.write_text(example + (f"model: {{frozen: {value}}}\n" if value else ""))
     if held:
         assert load_tier2(path).model.frozen == held

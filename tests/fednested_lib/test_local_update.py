@@ -12,10 +12,12 @@ import pytest
 from fednested_lib.adapters import merge
 from fednested_lib.blobs import BlobStore
 from fednested_lib.config import Tier2Config
-from fednested_lib.errors import DataError
+from fednested_lib.errors import ConfigError, DataError
+from fednested_lib.expert_choice import choice_path
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.frozen import FrozenWeight
-from fednested_lib.local_update import Interrupted, Job, LocalTrainer, Model, job_seed, window
+from fednested_lib.local_update import Interrupted, Job, LocalTrainer, job_seed, window
+from fednested_lib.orders import Model
 from fednested_lib.snapshot import (
     SnapshotManifest,
     build_model,
@@ -55,6 +57,7 @@ def _config(directory: Path, **changes) -> Tier2Config:
         "blobs_uri": "unused",
         "payloads_uri": "unused",
         "control": {"public_key": "0" * 64},
+        "policy": {"file": "unused", "public_key": "0" * 64},
         "adapters": {"rank": 2, "alpha": 4.0, "experts": [3, 1]},
         "training": {"steps": 2, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-3},
         **changes,
@@ -139,7 +142,7 @@ def test_report_and_declaration_agree(trainer):
     assert declaration.layers() == {0: (1, 3), 1: (1, 3), 2: (1, 3)}
     assert report.tokens == 2 * 2 * 16
     assert all(0 < sum(counts) <= 2 * report.tokens for counts in declaration.routed_tokens.values())
-    stored = json.loads((trainer.config.home / "training/000000000005.json").read_bytes())
+    stored = json.loads((trainer.config.home / "trainer/reports/000000000005.json").read_bytes())
     assert stored == vars(report)
     assert all(value is None or isinstance(value, (int, float)) for value in stored.values())
 
@@ -166,3 +169,95 @@ def test_too_little_text_names_the_lengths(trainer):
     trainer.config.data.write_text('{"text": "hi"}')
     with pytest.raises(DataError, match="17"):
         _trained(trainer, 0)
+
+
+def test_interrupted_job_goes_on_where_it_was(trainer, tmp_path):
+    """Told to stop after the second of four steps, another trainer does the other two and spools the same bits."""
+    settings = {"steps": 4, "batch_size": 2, "seq_len": 16, "learning_rate": 1e-3}
+    trainer.config = _config(tmp_path, training=settings)
+    _, _, whole = _trained(trainer, 0)
+    trainer.spool.remove(0)
+    path, asked = trainer.config.home / "trainer/checkpoint", []
+    assert not path.exists()
+
+    def stopped() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    job = Job(sequence=0, model=trainer.held, first_row=0, n_rows=4)
+    with pytest.raises(Interrupted):
+        trainer.train(job, stopped)
+    assert path.exists()
+    again = LocalTrainer(trainer.config, trainer.blobs, trainer.spool)
+    again.manifest, again.held, asked[:] = trainer.manifest, trainer.held, [True, True]
+    again.train(job, stopped)
+    assert len(asked) == 4
+    assert not path.exists()
+    _, resumed = again.spool.read(0, expert_shapes(trainer.manifest))
+    for name, factors in whole.factors.items():
+        assert factors.lora_b.tobytes() == resumed.factors[name].lora_b.tobytes()
+    trainer.config = _config(tmp_path, training={**settings, "learning_rate": 2e-3})
+    asked.clear()
+    with pytest.raises(Interrupted):
+        trainer.train(job, stopped)
+    asked.clear()
+    again.train(job, lambda: bool(asked.append(True)))
+    assert len(asked) == 4  # a checkpoint of other settings is none
+
+
+def test_chosen_experts_are_adapted_and_stay(trainer, tmp_path):
+    """`experts: auto` adapts the most routed experts of each layer, writes numbers alone, and keeps to them."""
+    adapters = {"rank": 2, "alpha": 4.0, "experts": "auto", "budget": {"experts": 2}}
+    trainer.config = _config(tmp_path, adapters=adapters)
+    _, first, _ = _trained(trainer, 0)
+    path = choice_path(trainer.config.home)
+    chosen = json.loads(path.read_bytes())
+    assert {int(layer): tuple(ids) for layer, ids in chosen["experts"].items()} == first.layers()
+    assert all(len(ids) == 2 for ids in first.layers().values())
+    later = replace(trainer.manifest, version=1, blobs=_moved(trainer))
+    trainer.held = Model(version=1, snapshot=trainer.blobs.put(later.to_json()), base_digest=later.digest, chain_seq=1)
+    trainer.manifest, data = later, path.read_bytes()
+    assert _trained(trainer, 1)[1].layers() == first.layers()
+    assert path.read_bytes() == data
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(trainer, tmp_path):
+    """With a memory limit below the need no blob of the model is read; with one above it the update is made."""
+    settings = {"steps": 2, "batch_size": 2, "seq_len": 16}
+    trainer.config = _config(tmp_path, training={**settings, "memory_limit_mb": 20})
+    with pytest.raises(ConfigError, match=r"memory_limit_mb = 20, training on this model takes about \d+ "):
+        _trained(trainer, 0)
+    assert trainer._model is None
+    trainer.config = _config(tmp_path, training={**settings, "memory_limit_mb": 100_000})
+    _trained(trainer, 0)
+
+
+def test_router_bias_stays_here(trainer, tmp_path):
+    """It trains from update to update of a base; none of its values is in a file of the spool or of a report."""
+    adapters = {"rank": 2, "alpha": 4.0, "router_bias": True}
+    trainer.config = _config(tmp_path, adapters=adapters)
+    path = trainer.config.home / "trainer/router_bias.json"
+    kept = []
+    for sequence in (0, 1, 1):
+        trainer.spool.remove(sequence)
+        _, declaration, delta = _trained(trainer, sequence)
+        kept.append(json.loads(path.read_bytes()))
+        assert set(declaration.layers()) == {0, 1, 2}
+        assert len(delta.factors) == 6
+    assert kept[1]["before"] == kept[0]["after"] != kept[0]["before"]
+    assert kept[2] == kept[1]
+    values = [value for layer in kept[1]["after"].values() for value in layer]
+    assert all(values)
+    others = [each for each in trainer.config.home.rglob("*") if each.is_file() and each != path]
+    assert any("spool" in str(each) for each in others)
+    text = b"".join(each.read_bytes() for each in others)
+    raw = b"".join(bytes(each) for each in _decompressed(trainer, 1))
+    for value in values:
+        assert repr(value).encode() not in text
+        assert np.float32(value).tobytes() not in raw
+
+
+def _decompressed(trainer: LocalTrainer, sequence: int):
+    delta = trainer.spool.read(sequence, expert_shapes(trainer.manifest))[1]
+    for factors in delta.factors.values():
+        yield factors.lora_a.tobytes() + factors.lora_b.tobytes()

@@ -16,9 +16,10 @@ import pytest
 
 from fednested_lib.blobs import BlobStore
 from fednested_lib.envelope import HEADER, INLINE_LIMIT_BYTES
-from fednested_lib.errors import ContractError, StorageError
+from fednested_lib.errors import ConfigError, ContractError, StorageError, TransportError
 from fednested_lib.log import InMemoryLog, KafkaLog, Record
-from fednested_lib.outbox import BACKOFF_CAP_S, DrainReport, Outbox, drain
+from fednested_lib.outbox import BACKOFF_CAP_S, RETRY_AFTER_CAP_S, DrainReport, Outbox, drain
+from fednested_lib.outbox_survey import read_survey
 from fednested_lib.signing import sha256_hex
 
 TOPIC = "updates.experts.local"
@@ -171,6 +172,58 @@ def test_the_back_off_survives_a_restart_and_a_clock_set_back(tmp_path, log, sto
         assert send(outbox, log, store, clock).sent == (update_id,)
 
 
+def test_the_servers_wish_to_wait_wins_and_outlives_a_restart(tmp_path, log, store, clock, monkeypatch):
+    """A server that is overloaded says for how long: longer than our longest back-off, shorter, not at all."""
+
+    def refuse(*_arguments, **_named):
+        raise TransportError("too many requests", retry_after_s=wishes.pop())
+
+    with monkeypatch.context() as patched, Outbox(tmp_path / "o", max_bytes=1 << 20) as outbox:
+        update_id = put(outbox, 0)
+        patched.setattr(log, "append", refuse)
+        wishes = [900.0, 1e9, 0.0]
+        send(outbox, log, store, clock)
+        assert 0 < outbox.pending()[0].wait_s(clock.now()) < 1
+        clock.now_s += 1
+        send(outbox, log, store, clock)
+        assert outbox.pending()[0].wait_s(clock.now()) == RETRY_AFTER_CAP_S
+        clock.now_s += RETRY_AFTER_CAP_S
+        send(outbox, log, store, clock)
+    with Outbox(tmp_path / "o", max_bytes=1 << 20) as outbox:
+        clock.now_s += 899
+        assert send(outbox, log, store, clock).sent == ()
+        clock.now_s += 1
+        assert send(outbox, log, store, clock).sent == (update_id,)
+
+
+def test_an_outbox_of_an_older_release_is_taken_over(tmp_path, log, store, clock):
+    """A device that is updated keeps what waits in its outbox."""
+    with Outbox(tmp_path / "o", max_bytes=1 << 20) as outbox:
+        update_id = put(outbox, 0)
+        outbox._execute("ALTER TABLE updates DROP COLUMN failed_at_s")
+    with Outbox(tmp_path / "o", max_bytes=1 << 20) as outbox:
+        assert send(outbox, log, store, clock).sent == (update_id,)
+
+
+def test_a_listing_needs_no_lock_and_changes_nothing(outbox, log, store, clock):
+    """A person may look while the device works: what waits and why, what is refused for good, what is not settled."""
+    good, bad = put(outbox, 0), put(outbox, 1)
+    (outbox.directory / "payloads" / f"{bad}.bin").write_bytes(b"other")
+    send(outbox, log, store, clock)
+    waiting = put(outbox, 2)
+    outbox.mark_failed(waiting, "down", now=clock.now(), rng=random.Random(1), retry_after_s=30)
+    survey = read_survey(outbox.directory)
+    assert [(row.sequence, row.state) for row in survey.rows] == [(0, "sent"), (1, "dead"), (2, "ready")]
+    assert survey.rows[1].last_error.startswith("corrupt_payload")
+    text = survey.describe(now=clock.now() + 10)
+    assert "1 waiting, 1 sent and not settled, 1 dead" in text
+    assert f"2  {waiting[:12]}  waiting" in text
+    assert "next attempt in 20 s: down" in text
+    assert good[:12] not in text
+    with pytest.raises(ConfigError, match="no outbox"):
+        read_survey(outbox.directory / "nowhere")
+
+
 def test_a_damaged_payload_is_set_aside_and_the_rest_goes_on(outbox, log, store, clock):
     """One bad file must not block the device, and must not be sent either."""
     bad, gone, good = put(outbox, 0), put(outbox, 1), put(outbox, 2)
@@ -188,7 +241,7 @@ def test_a_full_outbox_says_how_full_and_what_to_do(tmp_path):
         put(outbox, 1)
         outbox.mark_sent(first, 0, 0)
         with pytest.raises(
-            StorageError, match=rf"holds {2 * len(SMALL)} of {2 * len(SMALL)} bytes.*policy\.outbox_bytes"
+            StorageError, match=rf"holds {2 * len(SMALL)} of {2 * len(SMALL)} bytes.*outgoing\.outbox_bytes"
         ):
             put(outbox, 2)
         outbox.confirm([first])

@@ -7,14 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from fednested_lib.config import ExportPolicyConfig
 from fednested_lib.delta import AdapterSpec, Delta, ExpertFactors, decode
 from fednested_lib.envelope import parse_envelope, verify_envelope
 from fednested_lib.errors import PayloadError
-from fednested_lib.outbox import Outbox
-from fednested_lib.sidecar import clip, make_update, norm, release, rounding_seed
+from fednested_lib.sidecar import clip, make_update, norm, rounding_seed
 from fednested_lib.signing import Signer
 from fednested_lib.spool import Spool
+from tests.policies import make_policy
 
 SIGNER = Signer.from_seed(b"d" * 32)
 SHAPES = {
@@ -53,15 +52,15 @@ def _spooled(tmp_path, delta=None, sequence=7):
     return spool.read(sequence, SHAPES)
 
 
-def _made(tmp_path, delta=None, **policy):
+def _made(tmp_path, delta=None, encoding="int8", **policy):
     declaration, factors = _spooled(tmp_path, delta)
-    envelope, payload = make_update(declaration, factors, policy=ExportPolicyConfig(**policy), **WHO)
-    parsed = parse_envelope(envelope.to_bytes())
+    made = make_update(declaration, factors, policy=make_policy(**policy), encoding=encoding, **WHO)
+    parsed = parse_envelope(made.envelope.to_bytes())
     verify_envelope(parsed, SIGNER.public_key)
     sent = decode(
-        payload, encoding=parsed.encoding, spec=parsed.adapter.spec(), expert_ids=parsed.layers(), shapes=SHAPES
+        made.payload, encoding=parsed.encoding, spec=parsed.adapter.spec(), expert_ids=parsed.layers(), shapes=SHAPES
     )
-    return parsed, payload, sent
+    return parsed, made.payload, sent
 
 
 def test_envelope_tells_buckets_only(tmp_path):
@@ -112,39 +111,27 @@ def test_same_update_same_bytes(tmp_path):
     first, again = _made(tmp_path), _made(tmp_path)
     assert first[0] == again[0]
     assert first[1] == again[1]
-    seeds = {rounding_seed("romeo", epoch, sequence) for epoch in range(3) for sequence in range(3)}
-    assert len(seeds) == 9
     declaration, factors = _spooled(tmp_path, sequence=8)
-    assert make_update(declaration, factors, policy=ExportPolicyConfig(), **WHO)[1] != first[1]
+    assert make_update(declaration, factors, policy=make_policy(), encoding="int8", **WHO).payload != first[1]
+
+
+def test_rounding_cannot_be_foreseen():
+    """The seed of the rounding differs with key and label; the trainer lacks the first, every update has another."""
+    secrets = [SIGNER.secret("rounding"), SIGNER.secret("noise"), Signer.from_seed(b"e" * 32).secret("rounding")]
+    assert len({rounding_seed(secret, label) for secret in secrets for label in (b"a", b"b")}) == 6
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("expert", [0, 2])
 def test_nothing_leaves_when_a_factor_is_not_finite(tmp_path, value, expert):
-    """NaN or infinity in any expert, withheld ones included, stops the update before the outbox."""
+    """NaN or infinity in any expert, withheld ones included, stops the update before it is made."""
     declaration, factors = _spooled(tmp_path)
     factors.factors["model.layers.0.mlp.experts.down_proj"].lora_a[expert, 0, 0] = value
-    with (
-        Outbox(tmp_path / "outbox", max_bytes=1 << 20) as outbox,
-        pytest.raises(PayloadError, match=r"down_proj has NaN or infinite.*learning_rate") as caught,
-    ):
-        release(declaration, factors, policy=ExportPolicyConfig(), outbox=outbox, **WHO)
+    with pytest.raises(PayloadError, match=r"down_proj has NaN or infinite.*learning_rate") as caught:
+        make_update(declaration, factors, policy=make_policy(), encoding="int8", **WHO)
     assert caught.value.reason == "non_finite"
-    with Outbox(tmp_path / "outbox", max_bytes=1 << 20) as outbox:
-        assert outbox.pending() == []
     with pytest.raises(PayloadError):
         _spooled(tmp_path, factors)
-
-
-def test_release_is_idempotent(tmp_path):
-    """Releasing twice leaves one entry in the outbox, whose bytes are the envelope's and the payload's."""
-    declaration, factors = _spooled(tmp_path)
-    with Outbox(tmp_path / "outbox", max_bytes=1 << 20) as outbox:
-        envelope = release(declaration, factors, policy=ExportPolicyConfig(), outbox=outbox, **WHO)
-        release(declaration, factors, policy=ExportPolicyConfig(), outbox=outbox, **WHO)
-        (item,) = outbox.pending()
-        assert (item.envelope, item.key, item.topic) == (envelope.to_bytes(), b"romeo", "updates.experts.local")
-        assert len(outbox.payload(item)) == envelope.payload_bytes
 
 
 @pytest.mark.parametrize(

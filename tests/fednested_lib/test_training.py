@@ -112,3 +112,21 @@ def test_deterministic_restores_the_settings():
     assert torch.get_num_threads() == 2
     assert not torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 4, 9])
+def test_micro_batches_give_the_full_batch(make_model, micro):
+    """Gradients summed over parts, uneven ones included, train what the full batch trains, to fp32 rounding."""
+    model = make_model("mixtral")
+    adapters = attach(model, SPEC, None, seed=1)
+    how = {**HOW, "batch_size": 4, "steps": 3}
+    report = train_adapters(model, adapters, ROWS, **how)
+    whole, tokens, distinct = adapters.to_delta(), adapters.tokens, adapters.distinct_tokens
+    adapters.reset(seed=1)
+    parts = train_adapters(model, adapters, ROWS, **how, micro_batch_size=micro)
+    assert parts.loss_last == pytest.approx(report.loss_last, rel=1e-5)
+    assert (adapters.tokens, adapters.distinct_tokens) == (tokens, distinct)
+    for name, factors in adapters.to_delta().factors.items():
+        expected = whole.factors[name].lora_b
+        assert np.abs(factors.lora_b - expected).max() <= 1e-3 * np.abs(expected).max()
+        assert (micro < 4) == (not np.array_equal(factors.lora_b, expected))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
@@ -16,6 +14,7 @@ from zipfile import ZipFile
 import pytest
 
 from benchmarks.results import ROOT
+from benchmarks.wheel import device_environment, install_device
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +28,12 @@ def metadata(wheel: Path) -> Message:
 @pytest.fixture(scope="module")
 def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin directory of an environment with the wheel and third-party packages, and nothing of this checkout."""
-    venv = tmp_path_factory.mktemp("device") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    packages = venv / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    # Links stand for an installation of several minutes; fednested's own editable installs stay behind.
-    for source in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if "fednested" not in source.name and source.name != "__pycache__" and source.suffix != ".pth":
-            (packages / source.name).symlink_to(source)
-    python = venv / "bin" / "python"
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
-    subprocess.run(command, check=True, env=_clean_environment())
-    return venv / "bin"
-
-
-def _clean_environment(**extra: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return {**kept, "OMP_NUM_THREADS": "1", **extra}
+    return install_device(wheel, tmp_path_factory.mktemp("device") / "venv")
 
 
 def _run(device: Path, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     arguments = [str(device / command[0]), *command[1:]]
-    return subprocess.run(arguments, cwd=cwd, env=_clean_environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(arguments, cwd=cwd, env=device_environment(), capture_output=True, text=True, check=False)
 
 
 def test_contains_the_library_alone(wheel: Path) -> None:
@@ -86,7 +70,7 @@ def test_pip_refuses_another_python(wheel: Path, tmp_path: Path) -> None:
     """On Python 3.13 pip names the version it has and the bound, and installs nothing."""
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "into"]
     command += ["--python-version", "3.13", "--only-binary", ":all:", wheel]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_clean_environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=device_environment())
     assert done.returncode != 0
     assert "requires a different Python: 3.13.0 not in '<3.13,>=3.10'" in done.stderr
 

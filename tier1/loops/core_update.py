@@ -162,14 +162,15 @@ def _train(
             checkpoints=_checkpoints(fed, run_id, mirror),
             on_step=on_step,
         )
-    log.info(
-        "core_update.trained",
-        run=run_id,
-        rank=ranks.rank,
-        base=base_version,
-        loss_first=delta.report.loss_first,
-        loss_last=delta.report.loss_last,
-    )
+    if ranks.rank == 0:
+        log.info(
+            "core_update.trained",
+            run=run_id,
+            ranks=ranks.world_size,
+            base=base_version,
+            loss_first=delta.report.loss_first,
+            loss_last=delta.report.loss_last,
+        )
     return delta
 
 

@@ -99,12 +99,13 @@ def train(
             if checkpoints and step % checkpoints.every == 0 and step < settings.steps:
                 _save(backend, ranks, checkpoints, progress)
             failpoint("core.after_step")
-    log.info(
-        "core.trained",
-        steps=progress.step,
-        loss_first=round(progress.loss_first, 4),
-        loss_last=round(progress.loss_last, 4),
-    )
+    if ranks.rank == 0:
+        log.info(
+            "core.trained",
+            steps=progress.step,
+            loss_first=round(progress.loss_first, 4),
+            loss_last=round(progress.loss_last, 4),
+        )
     return TrainReport(
         loss_first=progress.loss_first,
         loss_last=progress.loss_last,

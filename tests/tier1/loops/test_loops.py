@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fednested_lib.errors import ChainConflict, ChainCorrupt, ConfigError, EnvelopeError, GovernanceError, PolicyDenied
+from fednested_lib.errors import (
+    ChainConflict,
+    ChainCorrupt,
+    ChainError,
+    ConfigError,
+    EnvelopeError,
+    GovernanceError,
+    PolicyDenied,
+)
 from fednested_lib.events import parse_event
 from fednested_lib.signing import Signer
 from tests.federation import Device, make_federation, make_workspace
@@ -202,6 +211,41 @@ def test_refused_updates_stand_in_the_manifest_and_in_quarantine(fed):
     assert len(body.candidate.accepted) == 2
     assert [row.reason for row in body.candidate.refused] == ["bad_update_id"]
     assert fed.log.watermarks("updates.experts.quarantine")[0] == (0, 1)
+
+
+def test_a_run_goes_on_from_the_base_it_began_with(fed, monkeypatch):
+    """Head moves while a killed run lies still: its retry takes up its checkpoint on the old base, to the bit."""
+    from tier1.training.backends import TorchBackend
+
+    data = pack_datasets(fed, authorise_training(fed, "r2"))
+    core = fed.config.core.model_copy(update={"checkpoint_every": 2})
+    fed = replace(fed, config=fed.config.model_copy(update={"core": core}))
+    whole = train_delta(fed, data, "whole")
+    step, taken = TorchBackend.step, []
+
+    def dies(self, rows, rate):
+        taken.append(rate)
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        return step(self, rows, rate)
+
+    monkeypatch.setattr(TorchBackend, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_delta(fed, data, "r2")
+    Device(fed, "ann").send()
+    fast_round(fed)
+    assert fed.chain.state().head.version == 2
+    with pytest.raises(ChainError, match="base version of run r2 must be 1, from which it began, got 2"):
+        train_delta(fed, data, "r2", 2)
+    resumed = train_delta(fed, data, "r2")
+    assert len(taken) == 6 + 2, "steps 5 and 6 were left"
+    blobs = [receipt(fed, ref)["dense"]["blobs"] for ref in (whole, resumed)]
+    assert blobs[0] == blobs[1]
+    assert not list((fed.home / "dense").glob("*.checkpoints"))
+
+
+def receipt(fed, ref):
+    return json.loads((fed.home / "dense" / f"{ref.update_id}.json").read_bytes())
 
 
 def test_a_run_that_died_after_training_publishes_its_delta_once(fed, monkeypatch):

@@ -44,14 +44,15 @@ STILL = {"attention_dropout": 0.0, "router_jitter_noise": 0.0}  # no random numb
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How one rank ended: its exit status (negative: a signal), and what it had to say."""
+    """How one rank ended: its exit status (negative: a signal), what it had to say; times on one monotonic clock."""
 
     status: int
     weights: str = ""
     losses: tuple[float, ...] = ()
+    steps_s: tuple[float, ...] = ()
+    ended_s: float = 0.0
     error: str = ""
     message: str = ""
-    seconds: float = 0.0
 
 
 class RankRunner:
@@ -131,66 +132,72 @@ def _be_rank(rank: int, order: dict) -> None:
     )
     if str(rank) in order["kill"]:
         os.environ["FEDNESTED_FAILPOINT"] = order["kill"][str(rank)]
-    status, began = 1, time.monotonic()
+    status, said = 1, {"losses": [], "steps_s": []}
     try:
-        said = _train(**order["job"])
+        said["weights"] = _train(said, **order["job"])
         status = 0
     except FednestedError as error:
-        said = {"error": type(error).__name__, "message": str(error)}
+        said |= {"error": type(error).__name__, "message": str(error)}
     except BaseException as error:
-        said = {"error": type(error).__name__, "message": repr(error)}
+        said |= {"error": type(error).__name__, "message": repr(error)}
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    said["seconds"] = time.monotonic() - began
+    said["ended_s"] = time.monotonic()
     (Path(order["scratch"]) / f"rank-{rank}.json").write_text(json.dumps(said))
     os._exit(status)
 
 
 def _train(
+    said: dict[str, list],
     *,
     steps: int = 12,
     batch_size: int = 8,
     every: int = 4,
     directory: str | None = None,
     still: bool = False,
+    aux_loss: float = 0.02,
     poisoned_rank: int | None = None,
     file_limit: int | None = None,
     timeout_s: float = 120.0,
-    tokens: list | None = None,
-) -> dict:
-    """Be one rank of a run.
+    large: bool = False,
+) -> str:
+    """Be one rank of a run and return the digest of its weights.
 
     Args:
+        said: receives losses and times of the steps.
         steps: optimiser steps.
         batch_size: rows per step, over all ranks.
         every: steps between checkpoints.
         directory: where they are; None is off.
         still: no dropout and no router noise.
+        aux_loss: coefficient of the balancing loss.
         poisoned_rank: the rank whose model yields NaN from step 6 on.
         file_limit: largest file that rank 0 may write, bytes: a full disk.
         timeout_s: longest wait for another rank.
-        tokens: rows in place of `ROWS`.
+        large: the demo's model and rows of its length in place of the small ones.
     """
     from tier1.training.backends import TorchBackend
     from tier1.training.checkpoint import Checkpoints
-    from tier1.training.model import initial_model
+    from tier1.training.model import TINY_MIXTRAL, initial_model
     from tier1.training.ranks import join_ranks
     from tier1.training.settings import TrainSettings
     from tier1.training.trainer import train
 
-    losses: list[float] = []
+    config, rows = MODEL | (STILL if still else {}), ROWS
+    if large:
+        config, rows = TINY_MIXTRAL, np.random.default_rng(0).integers(0, 1024, size=(256, 97)).astype(np.int32)
     with join_ranks(timeout_s) as ranks:
-        model = initial_model("mixtral", MODEL | (STILL if still else {}), 0)
-        settings = TrainSettings(steps=steps, batch_size=batch_size, learning_rate=1e-2)
+        model = initial_model("mixtral", config, 0)
+        settings = TrainSettings(steps=steps, batch_size=batch_size, learning_rate=1e-2, aux_loss=aux_loss)
         checkpoints = Checkpoints(directory=Path(directory), every=every, run={"steps": steps}) if directory else None
 
         def on_step(step: int, loss: float) -> None:
-            losses.append(loss)
+            said["losses"].append(loss)
+            said["steps_s"].append(time.monotonic())
             if step == 5 and ranks.rank == poisoned_rank:
                 model.model.norm.register_forward_hook(lambda module, args, output: output * float("nan"))
 
         if file_limit and ranks.rank == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-        rows = ROWS if tokens is None else np.array(tokens, np.int32)
         train(
             model,
             rows,
@@ -204,7 +211,7 @@ def _train(
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
         digest.update(tensor.numpy().tobytes())
-    return {"weights": digest.hexdigest(), "losses": losses}
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

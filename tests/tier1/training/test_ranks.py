@@ -32,9 +32,13 @@ def files(directory: Path) -> set[str]:
 
 
 def test_two_ranks_have_the_curve_of_one(runner):
-    """Guards the global batch: gradient, clip and balancing loss are those of all rows, so the curves agree."""
-    (one,) = runner.run(1, steps=50, still=True)
-    first, second = runner.run(2, steps=50, still=True)
+    """Guards the global batch: gradient, clip and balancing loss are those of all rows, so the curves agree.
+
+    With the balancing loss of each rank's own rows they would differ by 0.8 % at this coefficient, and by 0.02 % at the
+    usual one.
+    """
+    (one,) = runner.run(1, steps=50, still=True, aux_loss=1.0)
+    first, second = runner.run(2, steps=50, still=True, aux_loss=1.0)
     assert first.losses == second.losses
     assert max(abs(a - b) / a for a, b in zip(one.losses, first.losses, strict=True)) <= 1e-3
     assert one.losses[-1] < one.losses[0] - 0.5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fednested_lib.errors import DataError, PartitionError, TrainingError
-from tier1.training.backends import TorchBackend, parameter_groups
+from tier1.training.backends import TorchBackend, balancing_loss, parameter_groups
 from tier1.training.model import initial_model
 from tier1.training.settings import TrainSettings
 from tier1.training.trainer import batches, dense_delta, schedule, train
@@ -73,6 +73,19 @@ def test_the_router_loss_balances_the_experts(small_mixtral):
     without, _ = trained(small_mixtral, aux_loss=0.0)
     name = "model.layers.0.mlp.gate.weight"
     assert not torch.allclose(with_aux[name], without[name])
+
+
+def test_the_router_loss_is_that_of_transformers(small_mixtral):
+    """Guards our own sum, which several ranks need, against the reference: equal to the bit, gradient included."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    layers = [torch.randn(40, 4, generator=torch.Generator().manual_seed(layer)) for layer in range(3)]
+    ours, theirs = [[layer.clone().requires_grad_() for layer in layers] for _ in range(2)]
+    loss, reference = balancing_loss(tuple(ours), 2), load_balancing_loss_func(tuple(theirs), 4, 2)
+    loss.backward()
+    reference.backward()
+    assert torch.equal(loss, reference)
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_weights(small_mixtral):

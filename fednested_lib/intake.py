@@ -1,0 +1,56 @@
+"""From the spool to the outbox: hands one update that the trainer has written to the sidecar, with what it needs.
+
+This is the only caller of `Sidecar.release`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from fednested_lib.blobs import BlobStore
+from fednested_lib.events import TrainingTelemetry
+from fednested_lib.failpoints import failpoint
+from fednested_lib.orders import Model
+from fednested_lib.sidecar import Sidecar
+from fednested_lib.snapshot import SnapshotManifest
+from fednested_lib.spool import Spool
+
+
+class Intake:
+    """Takes spooled updates of one device.
+
+    Args:
+        sidecar: of the device.
+        spool: what the trainer writes.
+        blobs: the device's own store.
+    """
+
+    def __init__(self, sidecar: Sidecar, spool: Spool, blobs: BlobStore):
+        self.sidecar, self.spool, self.blobs = sidecar, spool, blobs
+
+    def take(self, sequence: int, models: Iterable[Model]) -> TrainingTelemetry | None:
+        """Put one update into the outbox; doing it again changes nothing.
+
+        Args:
+            sequence: its number.
+            models: snapshots that an update may be made from.
+
+        Returns:
+            What to tell about it.
+
+        Raises:
+            PayloadError: it cannot leave; nothing does.
+            PolicyWait: the policy does not let it leave yet.
+            OutboxFull: not now.
+            StorageError: the disk is full.
+        """
+        held = {(model.version, model.base_digest): model.snapshot for model in models}
+
+        def manifest(version: int, digest: str) -> SnapshotManifest | None:
+            snapshot = held.get((version, digest))
+            return None if snapshot is None else SnapshotManifest.from_json(self.blobs.get(snapshot))
+
+        _, told = self.sidecar.release(self.spool, sequence, held=manifest, now=time.time())
+        failpoint("sidecar.after_release")
+        return told
