@@ -1,7 +1,8 @@
 """What an update loses on its way out, by truncation of its rank and by rounding, goes into the next one.
 
     v = ΔW + e        what should leave: what was learnt, and what earlier updates of the same base lost
-    sent = Q(T_q(v))  the nearest delta of q columns per expert on average (Eckart and Young 1936), rounded
+    sent = Q(T_q(v))  the nearest delta of q columns per expert on average (Eckart and Young 1936), as long as v,
+                      rounded
     e ← v − sent      error feedback (Karimireddy et al. 2019, arXiv 1901.09847)
 
 Everything stays in factors: a sum of deltas is their columns side by side, s·[B₁ | B₂]·[A₁; A₂], and T_q is two thin QR
@@ -25,7 +26,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fednested_lib.blobs import write_durable
-from fednested_lib.delta import MAX_RANK, AdapterSpec, Delta, Encoding, ExpertFactors, decode, encode
+from fednested_lib.delta import MAX_RANK, AdapterSpec, Delta, Encoding, ExpertFactors, decode, encode, squared_norm
 from fednested_lib.envelope import AdapterFields, Digest, Layer
 from fednested_lib.errors import ContractError, StorageError
 from fednested_lib.partition import expert_param
@@ -133,6 +134,25 @@ def _of_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
     return AdapterSpec(rank=rank, alpha=spec.scale * rank, mode=spec.mode, seed=spec.seed)
 
 
+def _length(delta: Delta) -> float:
+    """Return ‖ΔW‖_F."""
+    return float(np.sqrt(sum(squared_norm(each, delta.spec.scale).sum() for each in delta.factors.values())))
+
+
+def _lengthened(delta: Delta, length: float) -> Delta:
+    """Return a delta in the same direction, ‖ΔW‖_F as given: a step that lost columns is not to be a shorter step."""
+    found = _length(delta)
+    if not found:
+        return delta
+    factors = {
+        name: ExpertFactors(
+            expert_ids=each.expert_ids, lora_a=each.lora_a, lora_b=each.lora_b * np.float32(length / found)
+        )
+        for name, each in delta.factors.items()
+    }
+    return Delta(spec=delta.spec, factors=factors)
+
+
 def _negative(delta: Delta) -> Delta:
     factors = {
         name: ExpertFactors(expert_ids=each.expert_ids, lora_a=each.lora_a, lora_b=-each.lora_b)
@@ -160,7 +180,7 @@ def squeeze(
     elif mean_rank is None:
         sent = truncated(target, max_rank)
     else:
-        sent = shared_out(target, mean_rank, max_rank)
+        sent = _lengthened(shared_out(target, mean_rank, max_rank), _length(target))
     payload = encode(sent, encoding=encoding, seed=seed)
     residual = None
     if feedback:

@@ -233,15 +233,20 @@ class LocalTrainer:
         seed = seed_of(model.base_digest) if how.mode == "fixed_a" else None
         spec = AdapterSpec(rank=how.rank, alpha=how.alpha, mode=how.mode, seed=seed)
         self._adapters = attach(self._model, spec, self._experts(manifest), seed=0, router_bias=how.router_bias)
-        mean_loss(self._model, self._rows["data"][: self.config.training.batch_size], 1)
+        mean_loss(self._model, self._rows["data"][: self._micro_batch_size], 1)
         self._heldout_before = self._heldout_loss()
+
+    @property
+    def _micro_batch_size(self) -> int:
+        how = self.config.training
+        return min(how.micro_batch_size or how.batch_size, how.batch_size)
 
     def _require_memory(self, manifest: SnapshotManifest) -> None:
         """Refuse a snapshot that does not fit; where experts are yet to be chosen, count the most."""
         how, limit = self.config.training, self.config.training.memory_limit_mb
         if limit is None:
             return
-        micro = min(how.micro_batch_size or how.batch_size, how.batch_size)
+        micro = self._micro_batch_size
         need = estimate(
             manifest,
             frozen=self.config.model.frozen,
@@ -286,4 +291,4 @@ class LocalTrainer:
 
         if "heldout" not in self._rows:
             return None
-        return mean_loss(self._model, self._rows["heldout"], self.config.training.batch_size)[0]
+        return mean_loss(self._model, self._rows["heldout"], self._micro_batch_size)[0]

@@ -1,48 +1,74 @@
-"""The container images, as objects: third-party packages only, the repository's own code is shipped by Flyte.
+"""The container images, as objects: third-party packages only.
 
     control    the chain, the log and governance; no torch: seconds to start
     tier1      control's packages plus torch and what trains, folds and evaluates a model
-    connector  control's packages plus what `pyflyte serve connector` needs: the service that looks for the sensors
+    connector  control's packages plus what `pyflyte serve connector` and the trigger need
+    edge       what the wheel needs, with PyTorch's CPU build: no task runs in it, a device's image begins with it
 
-Every version is pinned, flytekit included: the tag of an image is a hash of its specification, so an unpinned package
-would change under an unchanged tag. `tests/flyte/test_images.py` holds the pins equal to constraints.txt.
+Every package is pinned, what packages need themselves included: the tag of an image is a hash of its specification, so
+that an unpinned one would change under an unchanged tag. The pins are those of constraints.txt, written to
+`images/dockerfiles/<name>` with the rendered Dockerfile by `make images-dockerfiles`.
+
+The repository's code is shipped by Flyte with every registration (`--copy all`), or, with FEDNESTED_BAKE=1, is part of
+the image, and then of its tag: all of it, because tasks import most of it when they run, where flytekit's own choice
+(what is loaded at registration) would leave it out.
 """
 
 import os
+from pathlib import Path
 
 from flytekit import ImageSpec
+from flytekit.constants import CopyFileDetection
 
-# Read at import, against the house rule: Flyte reads image names while it imports the task modules.
+# Both are read at import, against the house rule: Flyte reads image names while it imports the task modules.
 REGISTRY = os.environ.get("FEDNESTED_REGISTRY", "localhost:30000")
+BAKE = os.environ.get("FEDNESTED_BAKE", "")
+# A router looks up images by their specification again, in its pod: there it must be what it was at registration.
+ROUTER_ENVIRONMENT = {"FEDNESTED_REGISTRY": REGISTRY} | ({"FEDNESTED_BAKE": BAKE} if BAKE else {})
+
 PYTHON = "3.11"
+CONTEXTS = Path(__file__).with_name("dockerfiles")
 
-CONTROL_PACKAGES = [
-    "acryl-datahub==1.7.0.17",
-    "confluent-kafka==2.16.1",
-    "cramjam==2.14.0",
-    "cryptography==50.0.2",
-    "flytekit==1.16.31",
-    "fsspec==2026.9.0",
-    "mlflow==3.17.2",
-    "numpy==2.4.6",
-    "pydantic==2.14.3",
-    "pyyaml==6.0.3",
-    "structlog==26.1.0",
-]
-CONNECTOR_PACKAGES = [*CONTROL_PACKAGES, "grpcio-health-checking==1.85.1", "prometheus-client==0.26.0"]
-TIER1_PACKAGES = [
-    *CONTROL_PACKAGES,
-    "flytekitplugins-kfpytorch==1.16.31",
-    "pandas==3.1.1",
-    "pandera==0.35.0",
-    "pyarrow==25.0.1",
-    "safetensors==0.8.0",
-    "tokenizers==0.23.3",
-    "torch==2.13.0",
-    "tqdm==4.70.1",
-    "transformers==5.23.0",
-]
+CONTROL = (
+    "acryl-datahub",
+    "confluent-kafka",
+    "cramjam",
+    "cryptography",
+    "flytekit",
+    "fsspec",
+    "mlflow-skinny",  # the client: the whole of mlflow brings pandas, scikit-learn and a web server
+    "numpy",
+    "pydantic",
+    "pyyaml",
+    "structlog",
+)
+CONNECTOR = (*CONTROL, "grpcio-health-checking", "prometheus-client", "typer")
+TIER1 = (
+    *CONTROL,
+    "flytekitplugins-kfpytorch",
+    "pandas",
+    "pandera",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+)
 
-control = ImageSpec(name="fednested-control", registry=REGISTRY, python_version=PYTHON, packages=CONTROL_PACKAGES)
-tier1 = ImageSpec(name="fednested-tier1", registry=REGISTRY, python_version=PYTHON, packages=TIER1_PACKAGES)
-connector = ImageSpec(name="fednested-connector", registry=REGISTRY, python_version=PYTHON, packages=CONNECTOR_PACKAGES)
+
+def _image(name: str, **options: object) -> ImageSpec:
+    if BAKE:  # the root is relative, so that pod and registering machine make the same of it
+        options |= {"source_copy_mode": CopyFileDetection.ALL, "source_root": "."}
+    packages = (CONTEXTS / name / "requirements_uv.txt").read_text(encoding="utf-8").split()
+    return ImageSpec(name=f"fednested-{name}", registry=REGISTRY, python_version=PYTHON, packages=packages, **options)
+
+
+control = _image("control")
+tier1 = _image("tier1")
+connector = _image("connector")
+edge = _image(
+    "edge",
+    pip_extra_index_url=["https://download.pytorch.org/whl/cpu"],
+    pip_extra_args="--index-strategy unsafe-best-match",  # the pins decide, whichever index has them
+)

@@ -33,6 +33,24 @@ def is_configured() -> bool:
     return bool(os.environ.get("FLYTE_PLATFORM_URL")) or get_config_file(None) is not None
 
 
+def registered_version(remote: FlyteRemote, plan: str) -> tuple[str, bool]:
+    """Return the version of a launch plan, and whether it is active; the newest if none is, "" if none is registered.
+
+    Raises:
+        TransportError: no answer, or no login.
+    """
+    from flytekit.exceptions.user import FlyteEntityNotExistException
+    from flytekit.models.common import NamedEntityIdentifier
+
+    name = NamedEntityIdentifier(remote.default_project, remote.default_domain, plan)
+    with calls(f"Flyte did not tell of launch plan {plan}"):
+        try:
+            return remote.client.get_active_launch_plan(name).id.version, True
+        except FlyteEntityNotExistException:
+            found, _ = remote.client.list_launch_plans_paginated(name, limit=1)
+    return (found[0].id.version if found else ""), False
+
+
 @contextmanager
 def calls(failed: str) -> Iterator[None]:
     """Bound the calls of FlyteRemote's client inside this block, and name what keeps them from an answer.

@@ -4,24 +4,20 @@ A handler never fails: its own error would stand in the place of the one that it
 """
 
 import sys
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
-from functools import partial
 
 import structlog
-from flytekit import PythonFunctionTask, Resources, current_context, task
+from flytekit import PythonFunctionTask, Resources, current_context
+from flytekit.core.base_task import TaskMetadata
 from flytekit.core.promise import Promise
-from flytekit.core.task import TaskPlugins
 from flytekit.types.error.error import FlyteError
 
 from images import specs
 from tasks.federation import ConfigFile, opened
 
 
-class OnFailure:
-    """Task config that makes a task a `Handler`."""
-
-
-class Handler(PythonFunctionTask[OnFailure]):
+class Handler(PythonFunctionTask):
     """A task that flytekit, in a local run, calls with the very promises that the failed workflow was called with.
 
     The workflow's call resolved `x.field` among them in place; to resolve it once more would fail, and that error would
@@ -38,15 +34,15 @@ def _resolved(value: object) -> object:
     return value
 
 
-TaskPlugins.register_pythontask_plugin(OnFailure, Handler)
-handler = partial(
-    task,
-    task_config=OnFailure(),
-    container_image=specs.control,
-    requests=Resources(cpu="500m", mem="1Gi"),
-    retries=3,
-    timeout=timedelta(minutes=10),
-)
+def handler(body: Callable[..., None]) -> Handler:
+    """Make a handler; not with `@task` and a task config of ours, which Flyte 2's migration refuses."""
+    return Handler(
+        task_config=None,
+        task_function=body,
+        container_image=specs.control,
+        requests=Resources(cpu="500m", mem="1Gi"),
+        metadata=TaskMetadata(retries=3, timeout=timedelta(minutes=10)),
+    )
 
 
 @handler

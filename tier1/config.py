@@ -163,11 +163,15 @@ class GovernanceConfig(Section):
 
 
 class Tier1Config(Section):
-    """One federation as tier 1 sees it. Relative paths are relative to the file's directory."""
+    """One federation as tier 1 sees it. Relative paths are relative to the file's directory.
+
+    `home_is_shared` says that every pod of a cluster has the same volume at `home`.
+    """
 
     federation: FederationName = "fednested"
     profile: Literal["local", "production"] = "local"
     home: Path
+    home_is_shared: bool = False
     log: LogConfig = LogConfig()
     identity: IdentityConfig
     devices: dict[ClientId, DeviceRecord] = Field(default_factory=dict)
@@ -180,6 +184,12 @@ class Tier1Config(Section):
     evaluation: EvaluationConfig
     registry: RegistryConfig = RegistryConfig()
     governance: GovernanceConfig
+
+    @model_validator(mode="after")
+    def _shared_home(self) -> Tier1Config:
+        if self.home_is_shared and not self.home.is_absolute():
+            raise ValueError(f"home must be an absolute path with home_is_shared: true, got {self.home}")
+        return self
 
 
 def load_tier1(path: str | os.PathLike) -> Tier1Config:

@@ -25,7 +25,7 @@ def core_update(config: ConfigFile, run: str = "") -> CandidateRef:
     Returns:
         The folded candidate, which waits for evaluate_and_promote.
     """
-    authorised = authorise(config=config, run=run)
-    data = pack(config=config, grant=authorised.grant)
-    delta = train(config=config, data=data, run=authorised.run)
+    grant, run = authorise(config=config, run=run)
+    data = pack(config=config, grant=grant)
+    delta = train(config=config, data=data, run=run)
     return fold_core(config=config, delta=delta)

@@ -27,27 +27,27 @@ def core_update_2_cpu(config: ConfigFile, run: str = "") -> CandidateRef:
     Returns:
         The folded candidate, which waits for evaluate_and_promote.
     """
-    authorised = authorise(config=config, run=run)
-    data = pack(config=config, grant=authorised.grant)
-    delta = train_2_cpu(config=config, data=data, run=authorised.run)
+    grant, run = authorise(config=config, run=run)
+    data = pack(config=config, grant=grant)
+    delta = train_2_cpu(config=config, data=data, run=run)
     return fold_core(config=config, delta=delta)
 
 
 @workflow(on_failure=core_update_failed)
 def core_update_8_gpu(config: ConfigFile, run: str = "") -> CandidateRef:
     """W_core ← W_core + η_core·ΔW_core,  W_experts ← W_experts + η_T1·ΔW_experts, on 8 GPUs."""
-    authorised = authorise(config=config, run=run)
-    data = pack(config=config, grant=authorised.grant)
-    delta = train_8_gpu(config=config, data=data, run=authorised.run)
+    grant, run = authorise(config=config, run=run)
+    data = pack(config=config, grant=grant)
+    delta = train_8_gpu(config=config, data=data, run=run)
     return fold_core(config=config, delta=delta)
 
 
 @workflow(on_failure=core_update_failed)
 def core_update_2x8_gpu(config: ConfigFile, run: str = "") -> CandidateRef:
     """W_core ← W_core + η_core·ΔW_core,  W_experts ← W_experts + η_T1·ΔW_experts, on 2 × 8 GPUs."""
-    authorised = authorise(config=config, run=run)
-    data = pack(config=config, grant=authorised.grant)
-    delta = train_2x8_gpu(config=config, data=data, run=authorised.run)
+    grant, run = authorise(config=config, run=run)
+    data = pack(config=config, grant=grant)
+    delta = train_2x8_gpu(config=config, data=data, run=run)
     return fold_core(config=config, delta=delta)
 
 

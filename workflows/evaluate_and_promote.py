@@ -13,6 +13,7 @@ from tasks.failures import evaluate_and_promote_failed
 from tasks.federation import ConfigFile
 from tasks.promotion import NEWEST, decide, report, settle
 from tier1.loops.records import Outcome
+from workflows.order import in_order
 
 
 @workflow(on_failure=evaluate_and_promote_failed)
@@ -31,5 +32,5 @@ def evaluate_and_promote(config: ConfigFile, candidate: str = NEWEST, channel: s
     settled = settle(config=config, candidate=candidate)
     shown = report(config=config, settled=settled)
     answer = ask_secops(settled=settled)
-    shown >> answer
+    in_order(shown, answer)
     return decide(config=config, settled=settled, answer=answer, channel=channel)

@@ -20,6 +20,7 @@ from workflows.aggregate_experts import aggregate_experts
 from workflows.broadcast import broadcast
 from workflows.core_update import core_update
 from workflows.evaluate_and_promote import evaluate_and_promote
+from workflows.order import in_order
 
 
 class Round(NamedTuple):
@@ -34,7 +35,11 @@ SKIPPED = Settled(
 )
 
 
-@dynamic(container_image=specs.control, requests=Resources(cpu="500m", mem="1Gi"))
+@dynamic(
+    container_image=specs.control,
+    requests=Resources(cpu="500m", mem="1Gi"),
+    environment=specs.ROUTER_ENVIRONMENT,
+)
 def slow_loop(config: ConfigFile, core: bool) -> Settled:
     """Train and settle the core, or pass by."""
     if not core:
@@ -59,5 +64,5 @@ def nested_round(config: ConfigFile, core: bool = False, channel: str = "console
     candidate = aggregate_experts(config=config)
     outcome = evaluate_and_promote(config=config, candidate=candidate.digest, channel=channel)
     published = broadcast(config=config)
-    settled >> candidate >> outcome >> published
+    in_order(settled, candidate, outcome, published)
     return Round(outcome=outcome, published=published)

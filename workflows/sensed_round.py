@@ -14,6 +14,7 @@ from tasks.sensors.kafka_window import kafka_window
 from workflows.broadcast import broadcast
 from workflows.evaluate_and_promote import evaluate_and_promote
 from workflows.nested_round import Round
+from workflows.order import in_order
 
 
 @workflow(on_failure=sensed_round_failed)
@@ -32,5 +33,5 @@ def sensed_round(config: ConfigFile, channel: str = "console") -> Round:
     candidate = fold_experts(config=config, cut=cut)
     outcome = evaluate_and_promote(config=config, candidate=candidate.digest, channel=channel)
     published = broadcast(config=config)
-    outcome >> published
+    in_order(outcome, published)
     return Round(outcome=outcome, published=published)

@@ -16,7 +16,11 @@ PATIENCE = timedelta(days=2)
 ANSWERS = "approve | reject | reject: <reason> | the output of `fednested approvals token`"
 
 
-@dynamic(container_image=specs.control, requests=Resources(cpu="500m", mem="1Gi"))
+@dynamic(
+    container_image=specs.control,
+    requests=Resources(cpu="500m", mem="1Gi"),
+    environment=specs.ROUTER_ENVIRONMENT,
+)
 def ask_secops(settled: Settled) -> str:
     """Return the person's decision on the new head: a decision token, `approve`, `reject` or `reject: reason`."""
     import structlog

@@ -84,6 +84,20 @@ def test_columns_go_to_the_experts_that_need_them():
     assert np.abs(_dense(shared_out(delta, 4, 4)) - _dense(delta)).max() < 1e-5
 
 
+def test_a_step_that_lost_columns_is_as_long():
+    """What leaves has the norm of what should have left, no more: the clip holds, and no step is shortened."""
+    target = _delta(0)
+    squeezed = squeeze(target, max_rank=4, mean_rank=1.5, encoding="fp32", seed=0, feedback=True)
+    sent = _dense(decode(squeezed.payload, encoding="fp32", spec=squeezed.spec, expert_ids={0: IDS}, shapes=SHAPES))
+    assert np.linalg.norm(sent) == pytest.approx(np.linalg.norm(_dense(target)), rel=1e-5)
+    np.testing.assert_allclose(sent + _dense(squeezed.residual), _dense(target), atol=1e-5)
+    nothing = truncated(target, 1)
+    for each in nothing.factors.values():
+        each.lora_b[...] = 0
+    empty = squeeze(nothing, max_rank=1, mean_rank=1, encoding="int4", seed=0, feedback=False)
+    assert not _arrived(empty).any()
+
+
 @pytest.mark.parametrize("mode", ["lora", "fixed_a"])
 def test_sent_and_residual_make_the_target(mode):
     """What arrives and what is kept add up to what should have left, without truncation to fp32 rounding."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from fednested_lib.cli import app
 from fednested_lib.config import Tier2Config
 from fednested_lib.delta import AdapterSpec
-from fednested_lib.errors import ConfigError, PolicyRefused
+from fednested_lib.errors import AuditError, ConfigError, PolicyRefused
 from fednested_lib.ledger import Ledger
 from fednested_lib.outbox import Outbox
 from fednested_lib.policy import EXAMPLE, load_policy, sign_policy, signature_path, write_policy
 from fednested_lib.sidecar import open_sidecar
 from fednested_lib.signing import Signer
+from tests.audit_tampering import write_log
 from tests.policies import OPEN, SITE, make_policy, pin_policy
 
+cli = CliRunner()
 STRANGER = Signer.from_seed(b"x" * 32)
 
 
@@ -163,3 +167,28 @@ def test_the_sidecar_does_not_start_without_its_policy(tmp_path, changes, proble
         with pytest.raises(ConfigError, match=problem) as caught:
             open_sidecar(Tier2Config.model_validate(document), outbox, now=0.0)
         assert "\n" not in str(caught.value)
+
+
+def test_the_commands_sign_and_verify(tmp_path):
+    """`init-config` signs what it writes and names the key to move away; a change is signed anew; a log is verified."""
+    told = cli.invoke(app, ["init-config", "tier2", "--dir", str(tmp_path)]).output
+    assert "site-policy.key" in told
+    assert "move it off this device" in told
+    key, path = tmp_path / "site-policy.key", tmp_path / "policy.yaml"
+    public = (tmp_path / "site-policy.pub").read_text().strip()
+    assert public in (tmp_path / "tier2.yaml").read_text()
+    assert load_policy(path, public).version == 1
+    path.write_text(path.read_text().replace("version: 1", "version: 2"))
+    told = cli.invoke(app, ["tier2", "sign-policy", "--key", str(key), str(path)]).output
+    assert "signed version 2" in told
+    assert load_policy(path, public).version == 2
+    config = tmp_path / "tier2.yaml"
+    config.write_text(config.read_text().replace('public_key: "" ', f'public_key: "{public}" '))
+    write_log(tmp_path / "device-home" / "sidecar", 3)
+    told = cli.invoke(app, ["tier2", "audit", "verify", "--config", str(config)]).output
+    assert "audit log holds: 3 records" in told
+    log = tmp_path / "device-home/sidecar/audit/log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"released", b"refused", 1))
+    found = cli.invoke(app, ["tier2", "audit", "verify", "--config", str(config)])
+    assert isinstance(found.exception, AuditError)
+    assert "record 0 was edited" in str(found.exception)

@@ -13,6 +13,7 @@ What it does of admin's part follows flyteadmin 1.16 (`execution_manager.go`, `e
     ListSignals           the gates that an execution reached; no value while they wait; none for an unknown execution
     SetSignal             INVALID_ARGUMENT for a gate that was not reached, or a value that is no string; a second value
                           replaces the first
+    ListProjects, GetDomains, ListLaunchPlans, GetVersion   its one project and domain; active plans; a constant
     everything else       UNIMPLEMENTED
 """
 
@@ -25,7 +26,7 @@ from collections import Counter
 from concurrent import futures
 
 import grpc
-from flyteidl.admin import execution_pb2, launch_plan_pb2, signal_pb2
+from flyteidl.admin import execution_pb2, launch_plan_pb2, project_pb2, signal_pb2, version_pb2
 from flyteidl.core import execution_pb2 as phases
 from flyteidl.core import identifier_pb2, types_pb2
 from flyteidl.service import admin_pb2_grpc, signal_pb2_grpc
@@ -82,6 +83,24 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
             context.abort(grpc.StatusCode.NOT_FOUND, f"no active launch plan {request.id.name}")
         spec = launch_plan_pb2.LaunchPlanSpec(workflow_id=_id(identifier_pb2.WORKFLOW, "workflow"))
         return launch_plan_pb2.LaunchPlan(id=_id(identifier_pb2.LAUNCH_PLAN, request.id.name), spec=spec)
+
+    def ListProjects(self, request, context):
+        self.calls["ListProjects"] += 1
+        return project_pb2.Projects(projects=[project_pb2.Project(id=PROJECT, name=PROJECT)])
+
+    def GetDomains(self, request, context):
+        self.calls["GetDomains"] += 1
+        return project_pb2.GetDomainsResponse(domains=[project_pb2.Domain(id=DOMAIN, name=DOMAIN)])
+
+    def ListLaunchPlans(self, request, context):
+        self.calls["ListLaunchPlans"] += 1
+        found = [request.id.name] if request.id.name in self.plans else []
+        plans = [launch_plan_pb2.LaunchPlan(id=_id(identifier_pb2.LAUNCH_PLAN, name)) for name in found]
+        return launch_plan_pb2.LaunchPlanList(launch_plans=plans)
+
+    def GetVersion(self, request, context):
+        self.calls["GetVersion"] += 1
+        return version_pb2.GetVersionResponse(control_plane_version=version_pb2.Version(Version="stand-in"))
 
     def CreateExecution(self, request, context):
         self.calls["CreateExecution"] += 1

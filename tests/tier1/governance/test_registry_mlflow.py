@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from fednested_lib.errors import GovernanceError, TransportError
+from images import specs
+from tests.flyte.absent import lacking, run_without
 from tier1.governance import lineage_urns as urns
 from tier1.governance.lineage import MadeVersion, version_event
 from tier1.governance.ports import RegistryState
@@ -53,6 +55,20 @@ def test_people_find_losses_tags_and_aliases_where_they_look(registry, client, m
     run = client.get_run(entry.run_id)
     assert run.data.metrics == {"loss.hamlet": 2.5, "loss.the tempest": 2.0}
     assert run.info.status == "FINISHED"
+
+
+def test_the_client_package_alone_is_enough(registry, made, mlflow_server):
+    """The control image has mlflow-skinny: registering, aliases and artifacts work without pandas and the like."""
+    program = f"""
+from tier1.governance.ports import ModelVersion, RegistryState
+from tier1.governance.registry_mlflow import MlflowRegistry
+made = {made(0)!r}
+state = RegistryState(candidate=0, champion=0, manifests={{0: made.manifest_digest}}, entries=["h0"],
+                      load={{0: made}}.__getitem__)
+MlflowRegistry({mlflow_server!r}, {registry.model_name!r}).repair(state)
+"""
+    run_without(lacking(specs.control), program)
+    assert set(registry.aliases()) == {"candidate", "champion"}
 
 
 def test_a_deleted_model_is_made_again(registry, client, made):

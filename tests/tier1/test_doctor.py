@@ -1,0 +1,172 @@
+"""`fednested tier1 doctor` on real parts: what it finds, what it says to do, and that it changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import yaml
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+from typer.testing import CliRunner
+
+from fednested_lib.log import TOPICS, UPDATES, KafkaLog
+from services.embedded import EmbeddedBroker
+from tests.federation import Device, make_workspace
+from tests.flyte.admin_stand_in import AdminStandIn
+from tier1.commands import app
+from tier1.doctor.examine import examine
+from tier1.doctor.finding import Finding
+from tier1.federation import open_federation
+from tier1.loops.aggregate_experts import fold_updates, take_updates
+from tier1.loops.evaluate_and_promote import settle_candidate
+from tier1.loops.genesis import ensure_genesis
+
+
+def bad(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.what: finding for finding in findings if finding.state == "bad"}
+
+
+def look(config: Path, **options: object) -> dict[str, Finding]:
+    return {finding.what: finding for finding in examine(config, **options)}
+
+
+def change(config: Path, **sections: object) -> None:
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **sections}))
+
+
+def tree(directory: Path) -> dict[str, str]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A workspace before its first loop."""
+    return make_workspace(tmp_path)
+
+
+def test_a_healthy_federation_has_nothing_bad_and_is_not_touched(config: Path) -> None:
+    """Chain, weights and stores are read, the probe is gone again, and no byte under the workspace differs."""
+    fed = open_federation(config)
+    ensure_genesis(fed)
+    Device(fed, "ann").send(base=0)
+    settle_candidate(fed, fold_updates(fed, take_updates(fed)))
+    before = tree(config.parent)
+    found = look(config)
+    assert not bad(list(found.values()))
+    assert "head 1" in found["chain"].value
+    assert found["store blobs"].bound == "create-if-absent"
+    assert tree(config.parent) == before
+
+
+def test_the_command_prints_findings_and_says_it_by_its_exit_code(config: Path) -> None:
+    """Exit code 0 while nothing is bad, 1 with the finding and its remedy when something is."""
+    assert CliRunner().invoke(app, ["doctor", "--config", str(config)]).exit_code == 0
+    (config.parent / "policy.yaml").unlink()
+    told = CliRunner().invoke(app, ["doctor", "--config", str(config)])
+    assert told.exit_code == 1
+    assert "policy.yaml does not exist: write one" in told.output
+    assert "1 bad" in told.output
+
+
+def test_a_wrong_configuration_is_the_only_finding(config: Path) -> None:
+    """Nothing else can be looked at, and the line is the configuration's own."""
+    change(config, homee="x")
+    (finding,) = examine(config)
+    assert (finding.state, "unknown key homee" in finding.value) == ("bad", True)
+
+
+def test_each_missing_part_is_named_and_hides_no_other(config: Path) -> None:
+    """A key that others can read or nobody trusts, lost data, no approver, no right to train: all in one look."""
+    document = yaml.safe_load(config.read_text())
+    (config.parent / "keys/tier1.key").chmod(0o644)
+    (config.parent / "data/heldout.jsonl").unlink()
+    identity = {**document["identity"], "principal": "stranger", "trusted": {"ab" * 32: "tier1"}}
+    governance = {**document["governance"], "approvers": {}, "allow_unverified": False}
+    change(config, identity=identity, governance=governance, devices={})
+    found = look(config)
+    assert {"trusted signatures", "suite plays", "approvers", "may train", "may publish"} <= set(bad([*found.values()]))
+    assert "chmod 600" in found["signing key"].remedy
+    assert found["devices"].state == "warning"
+
+
+def test_a_damaged_chain_and_a_lost_blob_are_named(config: Path) -> None:
+    """The entry that was altered, and how many of head's blobs are missing, with what restores them."""
+    fed = open_federation(config)
+    ensure_genesis(fed)
+    Path(fed.blobs.location(next(iter(fed.chain.state().head.blobs.values())))).unlink()
+    assert "replay --version 0" in bad([*look(config).values()])["weights of head"].remedy
+    entry = next((fed.home / "chain").glob("*.json"))
+    entry.write_bytes(entry.read_bytes().replace(b"fednested", b"fednestad"))
+    assert entry.name in bad([*look(config).values()])["chain"].value
+
+
+def test_a_home_that_cannot_be_made_is_found_before_a_loop_does(config: Path) -> None:
+    """The first loop would stop at it after an hour of training."""
+    change(config, home="data/train.jsonl/home")
+    assert "train.jsonl" in bad([*look(config).values()])["home"].bound
+
+
+def test_a_full_disk_is_found(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less room than the bound is bad, with both numbers."""
+    monkeypatch.setattr("tier1.doctor.disk.GIB", 1 << 60)
+    assert bad([*look(config).values()])["disk"].bound == "≥ 1.0 GiB"
+
+
+def test_the_log_dead_empty_and_forgetful(tmp_path: Path) -> None:
+    """A broker that is away, topics that are missing, and retention shorter than the longest outage."""
+    with EmbeddedBroker(tmp_path / "broker") as broker:
+        config = make_workspace(tmp_path / "w", bootstrap=broker.bootstrap)
+        found = look(config)
+        assert {what for what in bad([*found.values()]) if what.startswith("topic")} == {f"topic {t}" for t in TOPICS}
+        assert "bootstrap-topics" in found[f"topic {UPDATES}"].remedy
+        log = KafkaLog(broker.bootstrap)
+        assert not set(log._existing()) & set(TOPICS), "the doctor creates no topic"
+        log.create_topics(TOPICS)
+        assert not bad([*look(config).values()])
+        set_retention(broker.bootstrap, UPDATES, hours=1)
+        forgetful = bad([*look(config, longest_outage_h=24).values()])
+        assert forgetful[f"topic {UPDATES}"].value == "kept 1 h"
+        assert "retention.ms=86400000" in forgetful[f"topic {UPDATES}"].remedy
+        log.close()
+    assert "start the broker" in bad([*look(config).values()])["log"].value
+
+
+def set_retention(bootstrap: str, topic: str, *, hours: int) -> None:
+    entry = ConfigEntry("retention.ms", str(hours * 3_600_000), incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource("topic", topic, incremental_configs=[entry])
+    client = AdminClient({"bootstrap.servers": bootstrap})
+    for done in client.incremental_alter_configs([resource]).values():
+        done.result(10)
+
+
+def test_a_registry_that_is_away_is_found(config: Path) -> None:
+    """With its address and what to do; the clock, which only it tells, is not guessed."""
+    change(config, registry={"uri": "http://127.0.0.1:9"})
+    found = look(config)
+    assert "cannot be reached" in bad([*found.values()])["registry"].value
+    assert "clock" not in found
+
+
+def test_flyte_is_asked_for_project_and_plans(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an endpoint the remedy says how to name one; with one, each plan is active, waiting or not registered."""
+    monkeypatch.setenv("HOME", str(config.parent))
+    monkeypatch.delenv("FLYTE_PLATFORM_URL", raising=False)
+    found = look(config, project="fednested")
+    assert {"flyte endpoint", "home in pods"} <= set(bad([*found.values()]))
+    with AdminStandIn(plans=("nested_round_fast",)) as admin:
+        for name, value in admin.environment.items():
+            monkeypatch.setenv(name, value)
+        found = look(config, project="fednested", domain="development")
+        assert found["launch plan nested_round_fast"].state == "ok"
+        assert bad([*found.values()])["launch plan sensed_round"].value == "not registered"
+        assert "flyte project" in bad([*look(config, project="other").values()])
+
+
+def test_the_plans_that_are_asked_for_are_those_that_exist() -> None:
+    """Services cannot import launch plans: the two lists are held equal here."""
+    from launchplans import gpu, schedules
+    from services.examine_flyte import PLANS
+
+    assert sorted(PLANS) == sorted(plan.name for plan in (*schedules.PLANS, *gpu.PLANS))
