@@ -234,6 +234,7 @@ def absolute(config: Path) -> Path:
     """Rewrite a configuration so that it means the same places wherever a pod reads it."""
     base, document = config.parent, yaml.safe_load(config.read_text())
     document["home"] = str(base / document["home"])
+    document["home_is_shared"] = True  # all pods see this machine's files
     document["identity"]["key"] = str(base / document["identity"]["key"])
     document["governance"]["policy"] = str(base / document["governance"]["policy"])
     for section, key in (("core", "datasets"), ("evaluation", "suites")):
