@@ -30,7 +30,7 @@ def opened(config: ConfigFile) -> Iterator["Federation"]:
     from tier1.federation import open_federation
 
     federation = open_federation(config.download())
-    if current_context().execution_id.name != "local" and not federation.config.home_is_shared:
+    if _is_in_pod() and not federation.config.home_is_shared:
         raise ConfigError(
             f"home = {federation.home} is a directory of this pod alone, and gone with it: mount one volume there in "
             "every pod and set home_is_shared: true (docs/first-remote-run.md)"
@@ -39,3 +39,8 @@ def opened(config: ConfigFile) -> Iterator["Federation"]:
         yield federation
     finally:
         federation.close()
+
+
+def _is_in_pod() -> bool:
+    """Tell whether this is a task of a cluster's execution; a local run, and its Elastic ranks, have no name there."""
+    return current_context().execution_id.name not in ("local", "")

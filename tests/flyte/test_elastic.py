@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections import OrderedDict
 from pathlib import Path
@@ -70,8 +71,8 @@ def test_two_ranks_go_on_where_one_was_interrupted_and_fold_a_candidate(tmp_path
         capfd.readouterr()
         candidate = core_update_2_cpu(config=config, run="night")
     assert (candidate.n_accepted, candidate.parent_version) == (1, 0)
-    resumed = [line.split()[-2:] for line in "".join(capfd.readouterr()).splitlines() if "core.resumed" in line]
-    assert sorted(resumed) == [["rank=0", "step=4"], ["rank=1", "step=4"]]
+    told = "".join(capfd.readouterr())  # by two processes at once: a line of one may go on in the other's
+    assert (told.count("core.resumed"), sorted(re.findall(r"rank=(\d) +step=4", told))) == (2, ["0", "1"])
     assert not list((tmp_path / "federation/home/dense").glob("*.checkpoints")), "published: nothing to go on from"
 
 

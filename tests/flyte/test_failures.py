@@ -47,10 +47,17 @@ Message:
 GATE_OVER = "[1/0] currentAttempt done. Last Error: USER::task execution timeout [48h0m0s] expired"
 
 
+def _shared_workspace(directory: Path, **overrides: dict) -> Path:
+    """Make a workspace whose home every pod has."""
+    path = make_workspace(directory, **overrides)
+    path.write_text(path.read_text().replace("home: home\n", f"home: {directory / 'home'}\nhome_is_shared: true\n"))
+    return path
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> FlyteFile:
     """A federation whose version 1 is champion and whose version 2 waits for a decision."""
-    config = FlyteFile(str(make_workspace(tmp_path)))
+    config = FlyteFile(str(_shared_workspace(tmp_path)))
     with answer_gates(lambda: "approve"):
         evaluate_and_promote(config=config, candidate=core_update(config=config).digest)
     Device(open_federation(config.path), "ann").send()
@@ -60,7 +67,7 @@ def config(tmp_path: Path) -> FlyteFile:
 @pytest.fixture
 def empty(tmp_path: Path) -> FlyteFile:
     """A federation that has done nothing yet."""
-    return FlyteFile(str(make_workspace(tmp_path)))
+    return FlyteFile(str(_shared_workspace(tmp_path)))
 
 
 @pytest.fixture
@@ -141,7 +148,7 @@ def test_a_dead_log_neither_hides_the_error_nor_loses_the_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """While the broker is away the event stays on disk, in seconds; the next failure's handler announces both."""
-    empty = FlyteFile(str(make_workspace(tmp_path, log={"timeout_s": 120.0})))  # far from what a busy machine takes
+    empty = FlyteFile(str(_shared_workspace(tmp_path, log={"timeout_s": 120.0})))  # far from what a busy machine takes
     fed = open_federation(empty.path)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # nobody listens on it
