@@ -139,6 +139,16 @@ def test_an_update_of_a_version_that_is_not_held_is_refused(device):
     assert _orders(device).refused.reason == "wrong_base"
 
 
+def test_a_damaged_manifest_is_fetched_anew_and_its_update_leaves(device):
+    """The sidecar reads the manifest of an update's base; one that rotted on the disk must not jam the way out."""
+    _spooled(device)
+    Path(device.sidecar.blobs.location(device.sidecar.model.snapshot)).write_bytes(b"{}")
+    device.sidecar.hear_trainer()
+    device.sidecar.hear_trainer()
+    (item,) = device.outbox.pending()
+    assert item.sequence == 0
+
+
 def test_a_trainer_cannot_use_the_numbers_up(device):
     """A number far beyond the next is not even looked at; one within the gap is taken, for a sidecar may forget."""
     path = _spooled(device)
