@@ -321,15 +321,15 @@ class SidecarLoop:
                 self._hold(sequence, wait)
                 return
             except SnapshotError:  # of the update's base, here: the trainer, who has loaded it, will not notice
-                damaged = damaged_manifests(self.state.models, self.blobs)
-                if not damaged:
+                if not self._mend_manifests():
                     raise
-                self.online(lambda: self._fetch_anew(damaged))
                 return
 
-    def _fetch_anew(self, digests: list[str]) -> None:
-        for digest in digests:
-            self.blobs.put(self.source.get(digest))
+    def _mend_manifests(self) -> bool:
+        """Fetch the damaged ones anew; tells whether there were any."""
+        damaged = damaged_manifests(self.state.models, self.blobs)
+        self.online(lambda: [self.blobs.put(self.source.get(each)) for each in damaged])
+        return bool(damaged)
 
     def _hold(self, sequence: int, wait: PolicyWait) -> None:
         """Keep an update until the policy lets it leave; look again in an hour at most, whatever the clock did."""
@@ -382,7 +382,7 @@ class SidecarLoop:
             return f"training.max_updates = {most} reached"
         return None
 
-    def online(self, call: Callable[[], None]) -> None:
+    def online(self, call: Callable[[], object]) -> None:
         """Do something that needs the network; without it go on, except at the very first start.
 
         Raises:
