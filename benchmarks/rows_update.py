@@ -37,3 +37,10 @@ def update_share() -> float:
     """The same payload as a share of the fp32 adapters."""
     delta = demo_delta()
     return 100 * len(encode(delta, seed=1)) / delta.size_fp32_bytes
+
+
+@figure("update.share_int4", unit="%", bound="<= 14")
+def update_share_int4() -> float:
+    """The same in int4."""
+    delta = demo_delta()
+    return 100 * len(encode(delta, encoding="int4", seed=1)) / delta.size_fp32_bytes

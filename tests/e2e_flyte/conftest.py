@@ -99,6 +99,12 @@ class Site:
         """The federation, opened for this process."""
         return open_federation(self.config)
 
+    def configure(self, section: str, **values: object) -> None:
+        """Change keys of the configuration."""
+        document = yaml.safe_load(self.config.read_text())
+        document[section].update(values)
+        self.config.write_text(yaml.safe_dump(document))
+
     @property
     def environment(self) -> dict[str, str]:
         """What the operator's shell has."""
@@ -152,8 +158,10 @@ class Site:
                 assert command.process.poll() in (None, 0), command.log.read_text(errors="replace")[-3000:]
 
     def wait_for_gate(self, execution: str) -> None:
-        """Wait until an execution's gate waits."""
-        self.wait_for(lambda: (execution, GATE) in self.flyte.signals)
+        """Wait until an execution's gate waits; one that ends before fails the test."""
+        runs, gate = self.flyte.runs, (execution, GATE)
+        self.wait_for(lambda: gate in self.flyte.signals or (execution in runs and runs[execution].is_over))
+        assert gate in self.flyte.signals, f"{execution} {runs[execution].phase}: {runs[execution].error.message}"
 
     def decide(self, verdict: str, execution: str, *arguments: str) -> None:
         """Wait until the execution asks, then answer with `fednested approvals`."""
@@ -234,6 +242,7 @@ def absolute(config: Path) -> Path:
     """Rewrite a configuration so that it means the same places wherever a pod reads it."""
     base, document = config.parent, yaml.safe_load(config.read_text())
     document["home"] = str(base / document["home"])
+    document["home_is_shared"] = True  # all pods see this machine's files
     document["identity"]["key"] = str(base / document["identity"]["key"])
     document["governance"]["policy"] = str(base / document["governance"]["policy"])
     for section, key in (("core", "datasets"), ("evaluation", "suites")):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgpack
 import psutil
-import yaml
 
 from fednested_lib.events import TrainingTask
 from services.trigger.launch import ROUTES, order_of
@@ -27,9 +26,7 @@ STEPS, EVERY = 60, 10
 
 def test_a_killed_rank_is_retried_from_its_checkpoint(site: Site, flyte: FlyteStandIn, tmp_path: Path) -> None:
     """One of two ranks gets SIGKILL: the attempt is lost, the second goes on from Flyte's checkpoint to a candidate."""
-    document = yaml.safe_load(site.config.read_text())
-    document["core"].update(steps=STEPS, checkpoint_every=EVERY, batch_size=4)
-    site.config.write_text(yaml.safe_dump(document))
+    site.configure("core", steps=STEPS, checkpoint_every=EVERY, batch_size=4)
     trace = tmp_path / "trace"
 
     def inject(task: str, number: int) -> dict[str, str]:

@@ -150,6 +150,7 @@ def test_a_sensed_round_outlives_its_connector(site: Site, flyte: FlyteStandIn, 
     """The sensor waits in a real connector over gRPC that is killed meanwhile; the window closes all the same."""
     flyte.connectors[TASK_TYPE] = f"127.0.0.1:{connector.port}"
     connector.start()
+    site.configure("window", max_wait_s=3600.0)  # nothing but the update closes it
     site.crown()
     launched = site.launch("sensed_round", "sensed")
     site.wait_for(lambda: "sensed" in flyte.runs and len(flyte.runs["sensed"].nodes) == 2)

@@ -24,6 +24,7 @@ LOOPS = (
     "nested_round",
     "sensed_round",
     "data_engine",
+    "evaluate_suites",
 )
 SENSORS = {"tasks.sensors.kafka_window.kafka_window": "fednested_kafka_window"}
 
@@ -125,12 +126,23 @@ def test_tasks_are_bounded_and_uncached() -> None:
     """
     from flytekit.core.python_function_task import PythonFunctionTask
 
-    from tasks import aggregation, data_engine, failures, promotion, publishing, training
+    from tasks import aggregation, data_engine, evaluation, failures, promotion, publishing, training
     from tasks.control import decision
     from tasks.gpu import train
     from workflows import nested_round
 
-    modules = (aggregation, data_engine, failures, promotion, publishing, training, train, decision, nested_round)
+    modules = (
+        aggregation,
+        data_engine,
+        evaluation,
+        failures,
+        promotion,
+        publishing,
+        training,
+        train,
+        decision,
+        nested_round,
+    )
     found = [value for module in modules for value in vars(module).values() if isinstance(value, PythonFunctionTask)]
     assert len(found) >= 20
     for shell in found:
