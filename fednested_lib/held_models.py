@@ -50,6 +50,18 @@ def repair_model(model: Model, source: BlobSource, blobs: BlobStore) -> None:
     _log.warning("sidecar.repaired", version=model.version, blobs=report.blobs)
 
 
+def damaged_manifests(models: Iterable[Model], blobs: BlobStore) -> list[str]:
+    """Return the digests of the held manifests that cannot be read."""
+    damaged = []
+    for model in models:
+        try:
+            blobs.get(model.snapshot)
+        except SnapshotError as error:
+            _log.warning("sidecar.manifest_damaged", version=model.version, reason=error.reason)
+            damaged.append(model.snapshot)
+    return damaged
+
+
 def with_newest(models: list[Model], model: Model, needed: Collection[str | None]) -> list[Model]:
     """Return the held models with one more at the end, within what may be kept.
 

@@ -3,10 +3,10 @@
     day      Σ bytes and number of releases within the last 86 400 s           (sliding: exact for any 24 hours)
     ε        z = (Σ_i 1/z_i²)^(−½) over all releases ever, ε = ε(z, δ)           (Gaussian mechanisms compose so)
 
-A release is one row, written before anything else happens to it (SQLite, WAL, synchronous=FULL) and keyed by its bytes'
-digest, so that doing it again after a crash costs nothing twice, and what a new policy makes of the same update costs
-anew. Rows are never removed. Time is an argument; rows from the future, which a clock set back leaves, are dated to
-now: they count for a whole day again.
+A release is one row, written before anything else happens to it (SQLite, WAL, synchronous=FULL) and keyed by its
+number and its bytes' digest: doing it again after a crash costs nothing twice, while what a new policy makes of the
+same update, and the same bytes under another number, cost anew. Rows are never removed. Time is an argument; rows from
+the future, which a clock set back leaves, are dated to now: they count for a whole day again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ CREATE TABLE IF NOT EXISTS policy(
 );
 CREATE TABLE IF NOT EXISTS experts(policy_version INTEGER PRIMARY KEY, digest TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS releases(
-  payload_sha256 TEXT PRIMARY KEY,
+  sequence INTEGER NOT NULL,
+  payload_sha256 TEXT NOT NULL,
   payload_bytes INTEGER NOT NULL,
   inverse_z2 REAL NOT NULL,
   policy_version INTEGER NOT NULL,
-  released_s REAL NOT NULL
+  released_s REAL NOT NULL,
+  PRIMARY KEY(sequence, payload_sha256)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_time ON releases(released_s);
 """
@@ -119,7 +121,8 @@ class Ledger:
             PolicyWait: reason ``min_interval``, ``updates_per_day``, ``bytes_per_day`` or ``epsilon_total``.
         """
         self._execute("UPDATE releases SET released_s = ? WHERE released_s > ?", (now, now))
-        known = self._execute("SELECT 1 FROM releases WHERE payload_sha256 = ?", (charge.payload_sha256,)).fetchone()
+        name = (charge.sequence, charge.payload_sha256)
+        known = self._execute("SELECT 1 FROM releases WHERE (sequence, payload_sha256) = (?, ?)", name).fetchone()
         spent = 0.0 if policy.dp == "off" else self._epsilon(charge, policy.dp.delta)
         if known is not None:
             return spent
@@ -132,8 +135,8 @@ class Ledger:
                 not_before_s=None,
             )
         self._execute(
-            "INSERT INTO releases VALUES (?, ?, ?, ?, ?)",
-            (charge.payload_sha256, charge.payload_bytes, charge.inverse_z2, policy.version, now),
+            "INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?)",
+            (*name, charge.payload_bytes, charge.inverse_z2, policy.version, now),
         )
         return spent
 
@@ -144,7 +147,8 @@ class Ledger:
 
     def _epsilon(self, charge: Charge, delta: float) -> float:
         (before,) = self._execute(
-            "SELECT coalesce(sum(inverse_z2), 0) FROM releases WHERE payload_sha256 != ?", (charge.payload_sha256,)
+            "SELECT coalesce(sum(inverse_z2), 0) FROM releases WHERE (sequence, payload_sha256) != (?, ?)",
+            (charge.sequence, charge.payload_sha256),
         ).fetchone()
         total = before + charge.inverse_z2
         return epsilon(1 / math.sqrt(total), 1, delta)

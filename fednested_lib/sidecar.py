@@ -427,7 +427,8 @@ class Sidecar:
                 sequence=sequence,
             )
             self.audit.append(decision)
-            _log.warning("sidecar.waits" if waits else "sidecar.refused", sequence=sequence, rule=error.reason)
+            if waits:  # of a refusal the loop speaks, which gives it its name
+                _log.warning("sidecar.waits", sequence=sequence, rule=error.reason)
             raise
 
 

@@ -23,7 +23,7 @@ from fednested_lib.blobs import BlobStore
 from fednested_lib.config import Tier2Config
 from fednested_lib.control import ControlTopic
 from fednested_lib.envelope import Digest
-from fednested_lib.errors import OutboxFull, PayloadError, PolicyWait, StorageError, TransportError
+from fednested_lib.errors import OutboxFull, PayloadError, PolicyWait, SnapshotError, StorageError, TransportError
 from fednested_lib.events import (
     Event,
     FederationEnd,
@@ -33,6 +33,7 @@ from fednested_lib.events import (
 )
 from fednested_lib.failpoints import failpoint
 from fednested_lib.held_models import (
+    damaged_manifests,
     fetch_model,
     prune_models,
     repair_model,
@@ -293,6 +294,7 @@ class SidecarLoop:
         """Release what was spooled, the smallest number first; an update that cannot leave is refused by name.
 
         Raises:
+            SnapshotError: the manifest of a held snapshot is damaged, and broken at its source.
             StorageError: the disk is full.
         """
         for sequence in self.spool.waiting():
@@ -318,6 +320,16 @@ class SidecarLoop:
             except PolicyWait as wait:
                 self._hold(sequence, wait)
                 return
+            except SnapshotError:  # of the update's base, here: the trainer, who has loaded it, will not notice
+                if not self._mend_manifests():
+                    raise
+                return
+
+    def _mend_manifests(self) -> bool:
+        """Fetch the damaged ones anew; tells whether there were any."""
+        damaged = damaged_manifests(self.state.models, self.blobs)
+        self.online(lambda: [self.blobs.put(self.source.get(each)) for each in damaged])
+        return bool(damaged)
 
     def _hold(self, sequence: int, wait: PolicyWait) -> None:
         """Keep an update until the policy lets it leave; look again in an hour at most, whatever the clock did."""
@@ -370,7 +382,7 @@ class SidecarLoop:
             return f"training.max_updates = {most} reached"
         return None
 
-    def online(self, call: Callable[[], None]) -> None:
+    def online(self, call: Callable[[], object]) -> None:
         """Do something that needs the network; without it go on, except at the very first start.
 
         Raises:

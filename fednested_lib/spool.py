@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -193,15 +194,15 @@ class Spool:
 
     def remove(self, sequence: int) -> None:
         """Forget an update, the declaration first."""
-        self._declaration(sequence).unlink(missing_ok=True)
-        self._factors(sequence).unlink(missing_ok=True)
+        _delete(self._declaration(sequence))
+        _delete(self._factors(sequence))
 
     def keep_only(self, sequence: int | None) -> None:
         """Remove every update but one, and what interrupted writes left: for the trainer, at its start."""
         kept = () if sequence is None else (self._declaration(sequence).name, self._factors(sequence).name)
         for path in self.directory.glob("*"):
             if path.name not in kept and path.suffix in (".json", ".factors", ".tmp"):
-                path.unlink(missing_ok=True)
+                _delete(path)
 
     def _read(self, path: Path, max_bytes: int) -> bytes:
         try:
@@ -214,3 +215,11 @@ class Spool:
 
     def _factors(self, sequence: int) -> Path:
         return self.directory / f"{sequence:012d}.factors"
+
+
+def _delete(path: Path) -> None:
+    """Remove whatever has this name: a directory, too, must not stop the trainer."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

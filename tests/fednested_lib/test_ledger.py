@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -112,6 +113,15 @@ def test_other_bytes_of_one_number_cost_anew(tmp_path):
     ledger.charge(_charge(0, variant="other"), policy, now=1e9)
     with pytest.raises(PolicyWait):
         ledger.charge(_charge(1), policy, now=1e9)
+
+
+def test_equal_bytes_under_another_number_cost_anew(tmp_path):
+    """Factors that round to the same bytes are an update each time: a trainer that repeats them is booked each time."""
+    ledger, policy = _open(tmp_path), make_policy(updates_per_day=1)
+    first = _charge(0)
+    ledger.charge(first, policy, now=1e9)
+    with pytest.raises(PolicyWait):
+        ledger.charge(replace(first, sequence=1), policy, now=1e9)
 
 
 def test_the_set_of_experts_is_fixed_per_policy(tmp_path):

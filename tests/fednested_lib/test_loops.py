@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from structlog.testing import capture_logs
 
 from fednested_lib import trainer_loop
 from fednested_lib.client import Client
@@ -92,12 +93,12 @@ def test_a_broken_spool_file_is_refused_by_name_and_made_again(device, broken, r
             "huge": lambda: path.write_bytes(b" " * (9 << 20)),
         }
         made[broken]()
-    device.sidecar.hear_trainer()
+    with capture_logs() as logs:
+        device.sidecar.hear_trainer()
+    assert [each["reason"] for each in logs if each["event"] == "sidecar.refused"] == [reason]
     refused = _orders(device).refused
     assert (refused.sequence, refused.reason) == (0, reason)
     assert device.outbox.pending() == []
-    if broken == "directory":
-        path.rmdir()  # only a person, or a trainer gone mad, makes one
     assert device.trainer.turn()
     again = _spooled(device)
     assert {**json.loads(again.read_bytes()), "numbers": None} == {**json.loads(whole), "numbers": None}
@@ -138,6 +139,16 @@ def test_an_update_of_a_version_that_is_not_held_is_refused(device):
     assert _orders(device).refused.reason == "wrong_base"
 
 
+def test_a_damaged_manifest_is_fetched_anew_and_its_update_leaves(device):
+    """The sidecar reads the manifest of an update's base; one that rotted on the disk must not jam the way out."""
+    _spooled(device)
+    Path(device.sidecar.blobs.location(device.sidecar.model.snapshot)).write_bytes(b"{}")
+    device.sidecar.hear_trainer()
+    device.sidecar.hear_trainer()
+    (item,) = device.outbox.pending()
+    assert item.sequence == 0
+
+
 def test_a_trainer_cannot_use_the_numbers_up(device):
     """A number far beyond the next is not even looked at; one within the gap is taken, for a sidecar may forget."""
     path = _spooled(device)
@@ -151,6 +162,15 @@ def test_a_trainer_cannot_use_the_numbers_up(device):
         assert (device.outbox.last_sequence() == number) is taken
         path = other
     assert _orders(device).next_sequence == 8
+
+
+def test_a_start_clears_the_spool_of_whatever_has_its_names(device):
+    """A directory under a spool file's name, with something in it, is removed like a file: it stops no trainer."""
+    for name in ("000000000007.json", "000000000007.factors"):
+        (device.config.home / "spool" / name / "deep").mkdir(parents=True)
+    device.trainer.spool.keep_only(None)
+    assert device.trainer.spool.waiting() == []
+    assert list((device.config.home / "spool").glob("*.factors")) == []
 
 
 def test_a_lost_state_of_the_trainer_leaves_no_stale_update(world, device):

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,8 +54,8 @@ except FednestedError as error:
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
-    """A device's configuration beside stand-ins for its two processes."""
+def path(tmp_path) -> Iterator[Path]:
+    """A device's configuration beside stand-ins for its two processes, which end with the test, also if it fails."""
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "text.jsonl").write_text('{"text": "x"}\n')
     document = {
@@ -70,7 +72,12 @@ def path(tmp_path) -> Path:
     Signer.generate().save(tmp_path / "device.key")
     path = tmp_path / "tier2.yaml"
     path.write_text(yaml.safe_dump(document))
-    return path
+    yield path
+    for file in tmp_path.glob("*.pid"):
+        pid = int(file.read_text() or 0)
+        with suppress(OSError):
+            if str(tmp_path) in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
 
 
 def _start(path: Path, **environment: str) -> subprocess.Popen:
