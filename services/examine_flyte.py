@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 import typer
 
+from fednested_lib.finding import Finding, judge, look
 from services.flyte import calls, connect_remote, is_configured, registered_version
 from services.trigger.launch import ROUTES
-from tier1.doctor.finding import Finding, judge, look
 
 # The plans of launchplans/, which services cannot import; a test holds them equal.
 PLANS = (*ROUTES.values(), "sensed_round", "data_engine_hourly", "core_update_8_gpu_nightly")
@@ -47,8 +47,14 @@ def examine(project: str, domain: str) -> Iterator[Finding]:
         bound=f"{project}/{domain}",
         remedy=f"flytectl create project --id {project} --name {project}; domains are Flyte's own configuration",
     )
-    for plan in PLANS if project in projects and domain in domains else ():
+    for plan in plans_of(os.environ.get("FEDNESTED_REGIONS", "")) if project in projects and domain in domains else ():
         yield _plan(remote, plan)
+
+
+def plans_of(regions: str) -> list[str]:
+    """Return the names of all plans, those of a region with its name behind; `regions` is as launchplans/ reads it."""
+    names = regions.replace(",", " ").split()
+    return [f"{plan}_{region}" if region else plan for region in names or [""] for plan in PLANS]
 
 
 def _plan(remote, name: str) -> Finding:

@@ -10,13 +10,13 @@ import yaml
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 from typer.testing import CliRunner
 
+from fednested_lib.finding import Finding
 from fednested_lib.log import TOPICS, UPDATES, KafkaLog
 from services.embedded import EmbeddedBroker
 from tests.federation import Device, make_workspace
 from tests.flyte.admin_stand_in import AdminStandIn
 from tier1.commands import app
 from tier1.doctor.examine import examine
-from tier1.doctor.finding import Finding
 from tier1.federation import open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.evaluate_and_promote import settle_candidate
@@ -167,6 +167,10 @@ def test_flyte_is_asked_for_project_and_plans(config: Path, monkeypatch: pytest.
 def test_the_plans_that_are_asked_for_are_those_that_exist() -> None:
     """Services cannot import launch plans: the two lists are held equal here."""
     from launchplans import gpu, schedules
-    from services.examine_flyte import PLANS
+    from services.examine_flyte import PLANS, plans_of
 
     assert sorted(PLANS) == sorted(plan.name for plan in (*schedules.PLANS, *gpu.PLANS))
+    assert plans_of("") == list(PLANS)
+    of_regions = [plan.name for region in ("eu", "us") for plan in schedules._plans(region)]
+    assert set(of_regions) < set(plans_of("eu, us"))
+    assert len(plans_of("eu, us")) == 2 * len(PLANS)

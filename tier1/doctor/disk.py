@@ -11,9 +11,9 @@ from pathlib import Path
 
 from fednested_lib.blobs import create_exclusive
 from fednested_lib.errors import ChainError
+from fednested_lib.finding import Finding, judge
 from fednested_lib.signing import Signer
 from tier1.config import Tier1Config
-from tier1.doctor.finding import Finding, judge
 from tier1.federation import Federation
 from tier1.governance.policy_file import PolicyFile
 from tier1.governance.ports import AccessRequest

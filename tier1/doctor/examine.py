@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fednested_lib.errors import FednestedError
+from fednested_lib.finding import Finding, look
 from tier1.doctor import disk, servers
-from tier1.doctor.finding import Finding, look
 from tier1.federation import open_federation
 
 ROOT = Path(__file__).resolve().parents[2]

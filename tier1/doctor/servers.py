@@ -10,8 +10,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from fednested_lib.errors import FednestedError, TransportError
+from fednested_lib.finding import Finding, judge
 from fednested_lib.log import MAX_RECORD_BYTES, TOPICS, UPDATES
-from tier1.doctor.finding import Finding, judge
 from tier1.federation import MEMORY, Federation, open_log
 
 TIMEOUT_S = 5.0

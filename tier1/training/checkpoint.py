@@ -57,7 +57,7 @@ class Mirror(Protocol):
     """A second place for checkpoint files; neither method may raise, for training can go on without it."""
 
     def restore(self, directory: Path) -> None:
-        """Copy what an earlier attempt has saved, if it has, into an empty directory."""
+        """Copy what an earlier attempt has saved, if it has, over what is there, in which nothing is whole."""
 
     def save(self, path: Path) -> None:
         """Copy one checkpoint file there, over the one of the same name."""
@@ -85,9 +85,14 @@ class Checkpoints:
         Raises:
             TrainingError: There are whole checkpoints, but all of another run.
         """
-        if self.mirror and not any(self._headers().values()):
+        found = self._newest()
+        if found is None and self.mirror:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.mirror.restore(self.directory)
+            found = self._newest()
+        return found
+
+    def _newest(self) -> Found | None:
         foreign = None
         headers = {name: header for name, header in self._headers().items() if header}
         for name in sorted(headers, key=lambda name: -headers[name]["progress"]["step"]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,3 +198,31 @@ def test_nan_keeps_the_last_good_checkpoint(small_mixtral, place):
     found = place().newest()
     assert found.progress.step == 6
     assert all(torch.isfinite(tensor).all() for tensor in found.state.values())
+
+
+class Elsewhere:
+    """A mirror in another directory."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def restore(self, directory):
+        for path in self.directory.iterdir():
+            shutil.copy(path, directory)
+
+    def save(self, path):
+        self.directory.mkdir(exist_ok=True)
+        shutil.copy(path, self.directory)
+
+
+def test_what_is_torn_here_is_fetched_from_the_mirror(place, tmp_path):
+    """A readable header over a damaged body is no checkpoint: the second place is asked before a run begins anew."""
+    checkpoints = dataclasses.replace(place(), mirror=Elsewhere(tmp_path / "mirror"))
+    save(checkpoints, 3)
+    (path,) = (checkpoints.directory / name for name in SLOTS if (checkpoints.directory / name).exists())
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert checkpoints.newest().progress.step == 3
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    shutil.rmtree(tmp_path / "mirror")
+    (tmp_path / "mirror").mkdir()
+    assert checkpoints.newest() is None
