@@ -116,6 +116,7 @@ def _victim(path: Path, die: int) -> bytes:
     return encode(adapters.to_delta(), encoding="fp32", seed=0)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bits(tmp_path):
     """Killed by SIGKILL after a step without a checkpoint, another process goes on and ends with the same bits."""
     path = tmp_path / "killed"

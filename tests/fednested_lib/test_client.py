@@ -518,6 +518,7 @@ FAILPOINTS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_changes_no_byte(world):
     """SIGKILL between any two durable steps: the restarted device has sent the very bytes of an undisturbed one."""
     world.publish(0)
