@@ -124,6 +124,7 @@ class SidecarLoop:
         self._held = False  # by the policy: an update that waits in the spool
         self.ended: FederationEnd | None = None
         self._announced: ModelAvailable | None = None
+        self._broken: str | None = None  # a snapshot that is not whole at its source
         self._unnamed = Unnamed(outbox, config.control.resend_after_s)
         self._due: tuple[int, float] | None = None  # the update that waits for its pace: number, until when
         self._next_look = 0.0
@@ -177,20 +178,28 @@ class SidecarLoop:
 
         Raises:
             TransportError: the log or the blob store does not answer.
-            SnapshotError: the published snapshot is broken at its source.
+            SnapshotError: the published snapshot is broken at its source, and there is no other here.
         """
         try:
             for event in self.topic.news():
                 self._obey(event)
             self._unnamed.queue(self._newest_seq())
             event = self._announced
-            if event is not None and event.snapshot not in (_name(self.model), _name(self.state.unloadable)):
+            known = (_name(self.model), _name(self.state.unloadable), self._broken)
+            if event is not None and event.snapshot not in known:
                 self._switch(event)
         finally:
             self.publish()
 
     def _switch(self, event: ModelAvailable) -> None:
-        model = fetch_model(event, self.source, self.blobs)
+        try:
+            model = fetch_model(event, self.source, self.blobs)
+        except SnapshotError as error:
+            if self.model is None:
+                raise
+            self._broken = event.snapshot  # until it is announced again: the model that is here goes on
+            _log.error("sidecar.snapshot_broken", version=event.version, reason=error.reason, problem=str(error))
+            return
         failpoint("sidecar.after_fetch")
         status = self._status()
         needed = (status.snapshot if status else None, self.state.loaded)
@@ -228,7 +237,7 @@ class SidecarLoop:
         elif isinstance(event, FederationEnd) and self._is_current(event):
             self.ended = event
         elif isinstance(event, ModelAvailable) and self._is_current(event):
-            self._announced, self.ended = event, None
+            self._announced, self.ended, self._broken = event, None, None
 
     def _is_current(self, event: FederationEnd | ModelAvailable) -> bool:
         """Tell whether an event is as new as the model held or announced; an older one was sent again by somebody."""
