@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from pathlib import Path
 
 import structlog
 import typer
 
-from fednested_lib.errors import FednestedError
 from services.gateway.server import Limits, make_server, open_gateway, serve
+from services.shell import run_as_process
 
 DEFAULT = Limits()
 app = typer.Typer(help="The door for devices that speak HTTP.")
@@ -52,21 +50,8 @@ def run(
 
 
 def main() -> None:
-    """Events as JSON lines on standard error, an error of ours as one line and its exit code."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-    )
-    try:
-        app(standalone_mode=False)
-    except FednestedError as error:
-        sys.stderr.write(f"gateway: {error}\n")
-        raise SystemExit(error.exit_code) from None
+    """Parse the command line and serve."""
+    run_as_process("gateway", lambda: app(standalone_mode=False))
 
 
 if __name__ == "__main__":

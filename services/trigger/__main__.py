@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import signal
-import sys
 import threading
 from pathlib import Path
 
 import structlog
 import typer
 
-from fednested_lib.errors import ConfigError, FednestedError
+from fednested_lib.errors import ConfigError
+from services.shell import run_as_process
 from services.trigger.inbox import KafkaPositions, group_of
 from services.trigger.launch import ROUTES
 from services.trigger.service import Trigger
@@ -76,21 +75,8 @@ def _routes(given: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Events as JSON lines on standard error, an error of ours as one line and its exit code."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-    )
-    try:
-        typer.run(run)
-    except FednestedError as error:
-        sys.stderr.write(f"trigger: {error}\n")
-        raise SystemExit(error.exit_code) from None
+    """Parse the command line and serve."""
+    run_as_process("trigger", lambda: typer.run(run))
 
 
 if __name__ == "__main__":
