@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -175,4 +176,6 @@ def test_command_counts_and_fails(device: Device) -> None:
     (device.root / "text.jsonl").unlink()
     result = CliRunner().invoke(cli.app, ["tier2", "doctor", "--config", str(device.config)])
     assert result.exit_code == 1
-    assert result.output.splitlines()[-1].endswith("1 bad, 0 warnings")
+    states = Counter(finding.state for finding in device.findings().values())  # isolation is a warning on some machines
+    assert states["bad"] == 1
+    assert result.output.splitlines()[-1].endswith(f"{states['bad']} bad, {states['warning']} warnings")
