@@ -1,26 +1,21 @@
 """How one training step is computed and where the weights live.
 
-    L = CE(next token) + c_aux · L_aux,    L_aux = E · Σ_e f_e · P_e      (Switch Transformer, arXiv:2101.03961)
-
-f_e is the share of tokens routed to expert e and P_e its mean router probability; without L_aux a few experts take all
-tokens. On several ranks f_e is that of the global batch, for the product of two means is not the mean of the products:
-with it, n ranks compute the gradient that one would.
-
 `Backend` is the seam where another engine (DeepSpeed) comes in. One process with plain torch is right up to some
 hundred million parameters, and in tests (DeepSpeed costs 1.3 to 2.1 times as much there); several ranks with it as long
-as weights and optimiser state fit each of them.
+as weights and optimiser state fit each of them. What is minimised is in `tier1/training/loss.py`, the same for all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fednested_lib.partition import Group, group_of
+from tier1.training.loss import Term, batch_loss
 from tier1.training.ranks import ALONE, Ranks
 from tier1.training.settings import TrainSettings
 
@@ -56,7 +51,10 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """Plain torch: every rank holds the whole model, which is trained in place."""
+    """Plain torch: every rank holds the whole model, which is trained in place; ``terms`` are added to the loss."""
+
+    def __init__(self, terms: Sequence[Term] = ()):
+        self._terms = tuple(terms)
 
     def prepare(self, model: nn.Module, settings: TrainSettings, family: str, ranks: Ranks = ALONE) -> None:
         """Take the model over."""
@@ -71,11 +69,8 @@ class TorchBackend:
             group["lr"] = peak * rate
         self._optimizer.zero_grad(set_to_none=True)
         rows = rows.to(self._ranks.device)
-        output = self._model(input_ids=rows[:, :-1], output_router_logits=True, use_cache=False)
-        loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten())
-        aux = balancing_loss(output.router_logits, self._model.config.num_experts_per_tok, self._ranks)
-        (loss + self._settings.aux_loss * aux).backward()
-        loss = loss.detach()
+        total, loss = batch_loss(self._model, rows, self._settings, self._ranks, self._terms)
+        total.backward()
         self._ranks.mean_([p.grad for p in self._model.parameters() if p.grad is not None] + [loss])
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.grad_clip)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
@@ -109,29 +104,6 @@ class TorchBackend:
 def _on_device(key: str, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     # AdamW counts its steps on the CPU, wherever the weights are.
     return tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
-
-
-def balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, ranks: Ranks = ALONE) -> Tensor:
-    """Return this rank's part of L_aux: its mean over the ranks, in value and gradient, is that of the global batch.
-
-    Args:
-        router_logits: [T, E] per layer.
-        top_k: Experts per token.
-        ranks: Those that share the batch; alone, the value is transformers' to the bit.
-
-    Raises:
-        TransportError: Another rank is gone.
-    """
-    n_experts, n_tokens = router_logits[0].shape[-1], sum(len(logits) for logits in router_logits)
-    chosen, probability = 0.0, 0.0
-    for logits in router_logits:
-        weights = nn.functional.softmax(logits, dim=-1)
-        experts = torch.topk(weights, top_k, dim=-1)[1].flatten()
-        chosen = chosen + torch.bincount(experts, minlength=n_experts).float()
-        probability = probability + weights.float().sum(dim=0)
-    share = chosen / n_tokens
-    ranks.mean_([share])
-    return torch.sum(share * (probability / n_tokens)) * n_experts
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings, family: str) -> list[dict]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fednested_lib.errors import DataError, PartitionError, TrainingError
-from tier1.training.backends import TorchBackend, balancing_loss, parameter_groups
+from tier1.training.backends import TorchBackend, parameter_groups
+from tier1.training.loss import balancing_loss
 from tier1.training.model import initial_model
 from tier1.training.settings import TrainSettings
 from tier1.training.trainer import batches, dense_delta, schedule, train
