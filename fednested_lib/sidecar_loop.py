@@ -142,7 +142,8 @@ class SidecarLoop:
         except StorageError:
             old = None
         path.unlink(missing_ok=True)
-        return Orders(repairs=old.repairs, next_sequence=old.next_sequence) if old else Orders()
+        kept = {"repairs": old.repairs, "next_sequence": old.next_sequence} if old else {}
+        return Orders(start_secret=self.signer.secret("start").hex(), **kept)
 
     def run(self) -> ClientReport:
         """Work until the federation ends, `max_updates` is reached or the process is told to stop."""
