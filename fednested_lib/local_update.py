@@ -3,8 +3,8 @@
 A `Job` is its complete input. Rows are a window of the device's own packed text, adapters start afresh from B = 0, the
 seed is HMAC(secret of the device, client, key epoch, sequence), that of a fixed A the base's: the same job on the same
 text gives the same factors to the bit, and nobody else can compute the A that they started from (A − A₀ would tell the
-tokens, docs/privacy.md). The result goes to the spool, the numbers (never text) to `trainer/reports/<sequence>.json` in the
-device's home.
+tokens, docs/privacy.md). The result goes to the spool, the numbers (never text) to `trainer/reports/<sequence>.json` in
+the device's home.
 """
 
 from __future__ import annotations
