@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fednested_lib.delta import Encoding, Mode
+from fednested_lib.adapter_spec import Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64

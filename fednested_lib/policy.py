@@ -19,9 +19,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fednested_lib.adapter_spec import MAX_RANK, AdapterSpec, Encoding, Mode
 from fednested_lib.blobs import write_durable
 from fednested_lib.config import PolicyConfig, parse_document
-from fednested_lib.delta import MAX_RANK, AdapterSpec, Encoding, Mode
 from fednested_lib.envelope import MAX_PAYLOAD_BYTES, FederationName
 from fednested_lib.errors import ConfigError, PolicyRefused
 from fednested_lib.signing import Signer, canonical_json, sha256_hex, verify

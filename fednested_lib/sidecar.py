@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import structlog
@@ -42,7 +43,6 @@ from fednested_lib.feedback import FEEDBACK_MAX_RANK, Residuals, joined, squeeze
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.ledger import Charge, Ledger
 from fednested_lib.log import UPDATES
-from fednested_lib.outbox import Outbox
 from fednested_lib.partition import PROJECTIONS, expert_param
 from fednested_lib.policy import Policy, load_policy
 from fednested_lib.privacy import constant_counts, gaussian, noised_telemetry
@@ -257,6 +257,13 @@ def check_declaration(
     return shapes
 
 
+class Queue(Protocol):
+    """Where finished updates go: the outbox, or what hands them to it."""
+
+    def put(self, *, sequence: int, update_id: str, topic: str, key: bytes, payload: bytes, envelope: bytes) -> None:
+        """Keep an update; putting the same one again does nothing."""
+
+
 class Sidecar:
     """The way out of one device: its policy, its budgets, its audit log and its outbox.
 
@@ -284,7 +291,7 @@ class Sidecar:
         signer: Signer,
         ledger: Ledger,
         audit: AuditLog,
-        outbox: Outbox,
+        outbox: Queue,
         residuals: Residuals,
     ):
         self.policy, self.ledger, self.audit, self.outbox = policy, ledger, audit, outbox
@@ -439,7 +446,7 @@ class Sidecar:
             raise
 
 
-def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
+def open_sidecar(config: Tier2Config, outbox: Queue, *, now: float) -> Sidecar:
     """Open the way out of a device, or refuse to.
 
     Args:

@@ -22,14 +22,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import PartitionError, SnapshotError
 from fednested_lib.partition import FAMILIES, check_family, expert_name, expert_param, group_of
 from fednested_lib.signing import HEX64, canonical_json, sha256_hex
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from fednested_lib.frozen import FrozenWeight
@@ -184,6 +183,7 @@ def expert_shapes(manifest: SnapshotManifest) -> dict[str, tuple[int, int, int]]
 
 def encode_blob(tensors: Mapping[str, np.ndarray]) -> bytes:
     """Return the safetensors bytes of named arrays; equal arrays give equal bytes."""
+    import numpy as np
     from safetensors.numpy import save
 
     return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
@@ -211,6 +211,8 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _head_is_embedding(state: Mapping[str, Tensor]) -> bool:
+    import numpy as np
+
     if _HEAD not in state or _EMBEDDING not in state:
         return False
     head, embedding = _array(state[_HEAD]), _array(state[_EMBEDDING])
