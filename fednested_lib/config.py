@@ -51,7 +51,7 @@ class GatewayConfig(Section):
 
 
 class ModelConfig(Section):
-    """How the frozen experts are held in memory: `fp32`, `int8` (a quarter of it) or `int4` (a seventh)."""
+    """How the frozen experts are held: `fp32`, `bf16` (half its memory), `int8` (a quarter) or `int4` (a seventh)."""
 
     frozen: Frozen = "fp32"
 
