@@ -81,12 +81,15 @@ class AdaptersConfig(Section):
     alpha: float = Field(default=16.0, gt=0, le=1e6)
     experts: list[Annotated[int, Field(ge=0)]] | Literal["auto"] | None = None
     budget: BudgetConfig | None = None
+    period_days: int | None = Field(default=None, ge=1, le=3650)
     router_bias: bool = False
 
     @model_validator(mode="after")
     def _budgeted(self) -> AdaptersConfig:
         if (self.experts == "auto") != (self.budget is not None):
             raise ValueError("experts: auto needs a budget, and nothing else has one")
+        if self.period_days is not None and self.experts != "auto":
+            raise ValueError("period_days is of experts: auto, which alone are chosen")
         return self
 
 
