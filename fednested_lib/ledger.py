@@ -119,7 +119,7 @@ class Ledger:
         if now < until:
             raise PolicyWait(
                 "experts_changed",
-                f"other experts than before wait {until - now:.0f} s, experts_period_days = {days} of policy {version}: "
+                f"other experts wait {until - now:.0f} s, experts_period_days = {days} of policy {version}: "
                 "set adapters.period_days to no less",
                 not_before_s=until,
             )
