@@ -270,6 +270,8 @@ class LocalTrainer:
                 min_distinct=DISTINCT_PER_RANK * how.rank,
                 shapes=shapes,
                 base_version=manifest.version,
+                now=time.time(),
+                period_days=how.period_days,
             ).layers()
         layers = sorted({expert_param(name)[0] for name in shapes})
         return None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))

@@ -68,6 +68,7 @@ class Policy(_Strict):
     encodings: Annotated[list[Encoding], Field(min_length=1)]
     adapters: Annotated[list[AllowedAdapter], Field(min_length=1, max_length=256)]
     experts: Literal["all"] | dict[Annotated[int, Field(ge=0, le=9999)], list[Expert]]
+    experts_period_days: int | None = Field(default=None, ge=1, le=3650)
     min_tokens_per_rank: int = Field(default=4, ge=1, le=1000)
     min_tokens_per_width: int | None = Field(default=None, ge=1, le=1000)
     max_norm: float = Field(gt=0, le=1e12)

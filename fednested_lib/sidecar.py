@@ -324,7 +324,7 @@ class Sidecar:
             delta = spool.delta(declaration, shapes)
             made = self._make(declaration, delta)
             self._check_made(made)
-            self.ledger.fix_experts(self.policy.version, sha256_hex(canonical_json(made.envelope.expert_ids)))
+            self.ledger.fix_experts(self.policy, sha256_hex(canonical_json(made.envelope.expert_ids)), now=now)
             spent = self._charge(made.envelope, now)
         failpoint("sidecar.after_charge")
         envelope = made.envelope

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fednested_lib.frozen import FrozenWeight
     from fednested_lib.transport import BlobSource
 
-Frozen = Literal["fp32", "int8", "int4"]  # how a device holds the experts in memory; snapshots are fp32
+Frozen = Literal["fp32", "bf16", "int8", "int4"]  # how a device holds the experts in memory; snapshots are fp32
 FORMAT = "fednested.snapshot/1"
 SLICE_TENSOR = "weight"  # the one tensor of an expert slice; nameless, so that equal slices are one blob
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -97,7 +97,7 @@ def test_fixed_a_is_the_same_for_all_updates_of_a_base(trainer, tmp_path):
     assert np.abs(_trained(trainer, 2)[2].factors[name].lora_a - first.factors[name].lora_a).max() > 0.01
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
 def test_trains_on_quantised_experts(trainer, tmp_path, form):
     """`model.frozen` reaches the model that is trained; the update is one of the fp32 base, and folds into it."""
     _, plain, fp32 = _trained(trainer, 0)
