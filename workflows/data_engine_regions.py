@@ -1,0 +1,35 @@
+"""The data engine where devices are many: their telemetry is verified region by region, and one turn decides.
+
+    plan_turn → hear_region for each region → collect_turn
+
+Findings, budget and tasks are those of `data_engine`; a region that nobody could hear is heard by who collects.
+"""
+
+from functools import partial
+
+from flytekit import map_task, workflow
+
+from tasks.data_engine import collect_turn, hear_region, plan_turn
+from tasks.failures import data_engine_regions_failed
+from tasks.federation import ConfigFile
+from tier1.loops.records import EngineReport
+
+AT_ONCE = 8
+ENOUGH = 0.5  # of the regions; fewer is a broker that is away, which a person should see
+RETRIES = 5  # of each region, on the map node; evictions are what many small pods meet
+
+
+@workflow(on_failure=data_engine_regions_failed)
+def data_engine_regions(config: ConfigFile) -> EngineReport:
+    """tasks.training ← findings(∪ telemetry.edge of each region).
+
+    Args:
+        config: the federation's tier1.yaml, whose devices name their regions.
+
+    Returns:
+        What was found and asked for.
+    """
+    turn, regions = plan_turn(config=config)
+    hear = partial(hear_region, config=config, turn=turn)
+    heard = map_task(hear, concurrency=AT_ONCE, min_success_ratio=ENOUGH)(region=regions)
+    return collect_turn(config=config, turn=turn, heard=heard.with_overrides(retries=RETRIES))
