@@ -53,7 +53,7 @@ def plan_turn(config: ConfigFile) -> Turn:
 
 @looking()
 @retry_recoverable
-def hear_region(config: ConfigFile, turn: str, region: str) -> RegionHeard:
+def hear_region(region: str, config: ConfigFile, turn: str) -> RegionHeard:
     """Read and verify what the devices of one region told."""
     from tier1.loops import data_engine_regions
 

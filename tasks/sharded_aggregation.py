@@ -36,7 +36,7 @@ def plan_fold(config: ConfigFile, cut: CutRef, shards: int) -> Plan:
 
 @folding()
 @retry_recoverable
-def fold_shard(config: ConfigFile, plan: str, shard: int) -> ShardFolded:
+def fold_shard(shard: int, config: ConfigFile, plan: str) -> ShardFolded:
     """Fold one shard of the experts into the store; a shard that is there already is not folded again."""
     from tier1.loops import aggregate_sharded
 

@@ -8,17 +8,14 @@ the candidate: who collects folds it.
 
 from functools import partial
 
-from flytekit import map_task, workflow
+from flytekit import workflow
 
 from tasks.aggregation import take_cut
 from tasks.failures import aggregate_experts_sharded_failed
 from tasks.federation import ConfigFile
 from tasks.sharded_aggregation import collect_fold, fold_shard, plan_fold
 from tier1.loops.records import CandidateRef
-
-AT_ONCE = 8
-ENOUGH = 0.5  # of the shards; fewer is a broken store or image, which a person should see
-RETRIES = 5  # of each shard, on the map node; evictions are what many small pods meet
+from workflows.side_by_side import side_by_side
 
 
 @workflow(on_failure=aggregate_experts_sharded_failed)
@@ -34,6 +31,5 @@ def aggregate_experts_sharded(config: ConfigFile, shards: int = 8) -> CandidateR
     """
     cut = take_cut(config=config)
     plan, numbers = plan_fold(config=config, cut=cut, shards=shards)
-    fold = partial(fold_shard, config=config, plan=plan)
-    folded = map_task(fold, concurrency=AT_ONCE, min_success_ratio=ENOUGH)(shard=numbers)
-    return collect_fold(config=config, cut=cut, plan=plan, folded=folded.with_overrides(retries=RETRIES))
+    folded = side_by_side(partial(fold_shard, config=config, plan=plan), shard=numbers)
+    return collect_fold(config=config, cut=cut, plan=plan, folded=folded)

@@ -7,16 +7,13 @@ Findings, budget and tasks are those of `data_engine`; a region that nobody coul
 
 from functools import partial
 
-from flytekit import map_task, workflow
+from flytekit import workflow
 
 from tasks.data_engine import collect_turn, hear_region, plan_turn
 from tasks.failures import data_engine_regions_failed
 from tasks.federation import ConfigFile
 from tier1.loops.records import EngineReport
-
-AT_ONCE = 8
-ENOUGH = 0.5  # of the regions; fewer is a broker that is away, which a person should see
-RETRIES = 5  # of each region, on the map node; evictions are what many small pods meet
+from workflows.side_by_side import side_by_side
 
 
 @workflow(on_failure=data_engine_regions_failed)
@@ -30,6 +27,5 @@ def data_engine_regions(config: ConfigFile) -> EngineReport:
         What was found and asked for.
     """
     turn, regions = plan_turn(config=config)
-    hear = partial(hear_region, config=config, turn=turn)
-    heard = map_task(hear, concurrency=AT_ONCE, min_success_ratio=ENOUGH)(region=regions)
-    return collect_turn(config=config, turn=turn, heard=heard.with_overrides(retries=RETRIES))
+    heard = side_by_side(partial(hear_region, config=config, turn=turn), region=regions)
+    return collect_turn(config=config, turn=turn, heard=heard)

@@ -103,9 +103,9 @@ def test_a_suite_that_cannot_be_measured_passes_nothing(site: Site, flyte: Flyte
 def test_a_shard_has_the_retries_of_its_map_node_and_a_lost_one_costs_no_candidate(
     site: Site, flyte: FlyteStandIn
 ) -> None:
-    """Of four shards one loses four pods, all that its task's retries would give, one each pod: the candidate is the one task's.
+    """Of four shards one loses as many pods as its task's own retries would give, one each pod: no candidate is lost.
 
-    Regions are mapped beside it, and each of them loses its first pod.
+    It is that of one task. Regions are mapped beside it, and each of them loses its first pod.
     """
     site.crown()
     for client in ("ann", "bob"):

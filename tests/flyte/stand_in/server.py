@@ -76,8 +76,8 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
     Attributes:
         rpcs: `Service/Method` → how often it was called.
         runs: name → execution.
-        inject: returns what the environment of a task's attempt has besides: (name of the task, attempt, item of a mapped
-            task or None) → variables.
+        inject: returns what the environment of a task's attempt has besides: (name of the task, attempt, item of a
+            mapped task or None) → variables.
     """
 
     def __init__(
