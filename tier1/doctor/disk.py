@@ -81,17 +81,6 @@ def data(config: Tier1Config) -> Iterator[Finding]:
         )
 
 
-def shared(config: Tier1Config) -> Iterator[Finding]:
-    """Do pods of a cluster mean the same place by these paths?"""
-    yield judge(
-        "home in pods",
-        holds=config.home_is_shared,
-        value=f"home = {config.home}, home_is_shared = {str(config.home_is_shared).lower()}",
-        bound="true",
-        remedy="mount one volume at home in every pod and say home_is_shared: true (docs/first-remote-run.md)",
-    )
-
-
 def policy(config: Tier1Config) -> Iterator[Finding]:
     """Does the policy parse, and let this principal fold and train? Nothing is written to the audit log."""
     rules = PolicyFile(config.governance.policy)
