@@ -21,14 +21,16 @@ from typer.testing import CliRunner
 
 from fednested_lib.finding import Finding
 from fednested_lib.log import TOPICS, UPDATES, KafkaLog
+from images import specs
 from services.embedded import EmbeddedBroker
 from services.examine_connector import SERVED, connector
 from services.examine_registered import quantity
 from tests.federation import Device, make_workspace
+from tests.flyte.absent import lacking, run_without
 from tests.flyte.admin_stand_in import AdminStandIn
 from tier1.commands import app
 from tier1.config import Tier1Config
-from tier1.doctor import pods
+from tier1.doctor import disk, pods
 from tier1.doctor.examine import _cluster, examine
 from tier1.federation import open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
@@ -277,7 +279,9 @@ def test_outside_a_pod_nothing_of_a_pod_is_ok(config: Path, monkeypatch: pytest.
     assert "kubectl describe pvc fednested-home -n fednested-production" in found["home in pods"].remedy
 
 
-def test_inside_a_pod_secrets_account_and_volume_are_seen(config: Path, tmp_path: Path) -> None:
+def test_inside_a_pod_secrets_account_and_volume_are_seen(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A key without permission, credentials by either way, the token's subject, a home that is gone with its pod."""
     opened = open_federation(config).config.model_copy(
         update={"registry": {"uri": "http://mlflow:5000"}, "home_is_shared": True}
@@ -290,6 +294,10 @@ def test_inside_a_pod_secrets_account_and_volume_are_seen(config: Path, tmp_path
     ]
     assert "MLFLOW_TRACKING_TOKEN" in found["secret for MLflow"].bound
     assert "b" not in found["secret for blob store"].value.split()
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    for mode, state in ((0o440, "ok"), (0o444, "warning"), (0o460, "warning")):  # the first is what fsGroup makes
+        opened.identity.key.chmod(mode)
+        assert next(iter(disk.keys(opened))).state == state
     opened.identity.key.unlink()
     assert next(iter(pods.secrets(opened, pod, "ns"))).state == "bad"
 
@@ -302,6 +310,19 @@ def test_inside_a_pod_secrets_account_and_volume_are_seen(config: Path, tmp_path
     mounts = "overlay / overlay rw 0 0\nnfs:/x /fednested nfs4 rw 0 0\ntmpfs /fed tmpfs rw 0 0\n"
     assert pods.mount_of(Path("/fednested/home"), mounts) == ("/fednested", "nfs4")
     assert pods.mount_of(Path("/fednested2"), mounts) == ("/", "overlay")
+
+
+def test_the_doctor_runs_in_the_connectors_image(config: Path) -> None:
+    """The pod that docs/first-remote-run.md starts has what the connector has: no torch, no transformers."""
+    fed = open_federation(config)
+    ensure_genesis(fed)
+    program = f"""
+from tier1.doctor.examine import examine
+found = {{each.what: each for each in examine({str(config)!r}, project="fednested")}}
+assert found["chain"].state == found["candidates in flight"].state == "ok", found
+assert found["flyte endpoint"].state == "bad", found
+"""
+    run_without(lacking(specs.connector), program)
 
 
 def test_candidates_in_flight_are_told_before_an_upgrade(config: Path) -> None:

@@ -78,6 +78,7 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
         runs: name → execution.
         inject: returns what the environment of a task's attempt has besides: (name of the task, attempt, item of a
             mapped task or None) → variables.
+        decks: names of the tasks whose decks somebody has looked at.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
         self.runs: dict[str, Execution] = {}
         self.rpcs: Counter[str] = Counter()
         self.inject: Callable[[str, int, int | None], Mapping[str, str]] = lambda task, attempt, item: {}
+        self.decks: set[str] = set()
         self._changed = threading.Condition()
         self._ahead_s = 0.0
         for directory in (self.root, self.scratch):
