@@ -98,9 +98,10 @@ def _merged(fed: Federation, digest: str) -> Candidate:
 
     plan = load_plan(fed, digest)
     shards.require_same_machine(plan)
-    for shard in range(plan.n_shards):
+    numbers = [shard for shard in range(plan.n_shards) if shards.slices_of(plan, shard)]
+    for shard in numbers:
         fold_shard(fed, digest, shard)
-    return shards.merge(plan, [_made(fed, digest, shard) for shard in range(plan.n_shards)])
+    return shards.merge(plan, [_made(fed, digest, shard) for shard in numbers])
 
 
 def _probed(fed: Federation, candidate: Candidate) -> Candidate:
