@@ -60,6 +60,12 @@ def test_a_gpu_size_asks_for_what_it_needs(shell):
     assert template.container.env["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+def test_the_cpu_size_is_bounded_as_well():
+    """Guards the neighbours on its node: a rank that grows is ended and said so, not they."""
+    resources = compiled(train_2_cpu).container.resources
+    assert resources.requests == resources.limits != []
+
+
 @pytest.mark.slow
 def test_two_ranks_go_on_where_one_was_interrupted_and_fold_a_candidate(tmp_path, monkeypatch, capfd):
     """Guards the local run: two processes really train, from the newest checkpoint under the run's name."""
