@@ -23,7 +23,7 @@ MAX_LAYERS, MAX_EXPERTS = 1024, 16_384  # of one telemetry event; the experts of
 TASK_KINDS = ("aggregate", "core_update")  # that a trigger routes unless it is told otherwise
 LOOPS = (
     *("core_update", "aggregate_experts", "evaluate_and_promote", "broadcast", "nested_round", "sensed_round"),
-    *("data_engine", "evaluate_suites"),
+    *("data_engine", "evaluate_suites", "aggregate_experts_sharded", "data_engine_regions"),
 )
 OURS = tuple(k for k, v in vars(errors).items() if isinstance(v, type) and issubclass(v, FednestedError))
 ERRORS = (*OURS, "Timeout", "Other")  # classes of our tree; nobody answered a gate in time; anything else

@@ -105,6 +105,14 @@ class CandidateRef:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardFolded:
+    """One shard of a planned fold is in the store: how many expert slices it has."""
+
+    shard: int
+    n_slices: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SuiteLoss:
     """Loss of a candidate's parent and of the candidate on one suite, nats per token; maybe not finite."""
 
@@ -195,6 +203,15 @@ class Finding:
             f"{self.kind} {self.subject} {self.status}: {self.value:.3g}, raised at {self.raise_at:g}, cleared below "
             f"{self.clear_at:g}; {self.devices} devices, {self.records} records in {self.window_s:g} s; {asked}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionHeard:
+    """The new telemetry of one region was read: its devices that told something, and their records that count."""
+
+    region: str
+    devices: int
+    counted: int
 
 
 @dataclass(frozen=True, kw_only=True)

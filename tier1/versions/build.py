@@ -11,7 +11,7 @@ order of arrival, not the number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from tier1.versions.archive import Update, envelope_digest, read_delta, restore
 from tier1.versions.manifest import Accepted, Candidate, Inputs
 from tier1.versions.settings import AggregationSettings, Rates
 from tier1.versions.state import ChainState, VersionView
+
+FoldExperts = Callable[..., dict[str, str]]  # as `fold_experts`
 
 
 @cache
@@ -58,6 +60,7 @@ def fold_candidate(
     trainer: str,
     authorisation: str,
     lineage: Sequence[str] = (),
+    fold: FoldExperts = fold_experts,
 ) -> Candidate:
     """Fold inputs into `parent`.
 
@@ -75,6 +78,7 @@ def fold_candidate(
         trainer: principal that folds; recorded.
         authorisation: id of the policy decision; recorded.
         lineage: ids of lineage records; recorded.
+        fold: folds the experts of a cut where the plain sum does; another one plans it for several machines.
 
     Raises:
         PayloadError: a dense delta does not fit the model or is not finite.
@@ -93,7 +97,7 @@ def fold_candidate(
             archive=archive,
         )
     else:
-        folded, outer, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, archive)
+        folded, outer, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, archive, fold)
     failpoint("fold.after_blobs")
     return Candidate(
         parent=parent.digest,
@@ -148,6 +152,7 @@ def _fold_updates(
     settings: AggregationSettings,
     blobs: BlobStore,
     archive: BlobStore,
+    fold: FoldExperts,
 ) -> tuple[dict[str, str], dict[str, str], list[Accepted]]:
     """Clip, weigh and fold, one decoded update and then one expert matrix in memory at a time."""
     ordered = sorted(updates, key=lambda update: update.envelope.update_id)
@@ -176,7 +181,7 @@ def _fold_updates(
             grams=spooled_grams(terms, clips, list(shapes), root),
         )
         terms = [_weighted(update, row, spool) for update, row in zip(ordered, weighing.weights, strict=True)]
-        folded, outer = _fold(parent, terms, eta, settings, weighing, blobs)
+        folded, outer = _fold(parent, terms, eta, settings, weighing, blobs, fold)
     rows = zip(ordered, stalenesses, norms, clips, weighing.weights, strict=True)
     accepted = [_accepted(*row) for row in rows]
     return (
@@ -196,10 +201,11 @@ def _fold(
     settings: AggregationSettings,
     weighing: Weighing,
     blobs: BlobStore,
+    fold: FoldExperts,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Fold weighted updates; the plain sum takes the short way."""
     if settings.outer is None and not weighing.by_block:
-        return fold_experts(parent.blobs, updates, eta=eta, store=blobs), dict(parent.outer)
+        return fold(parent.blobs, updates, eta=eta, store=blobs), dict(parent.outer)
     chosen = choose(settings)
     return fold_stepped(
         parent.blobs,
