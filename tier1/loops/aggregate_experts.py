@@ -155,7 +155,7 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
 def probe(fed: Federation, folded: SnapshotManifest, admission: Admission) -> Admission:
     """Refuse updates that raise the loss of the suites, where the fold of all of them leads."""
     from tier1.evaluation.probe import probed
-    from tier1.loops.evaluate_and_promote import registered_suites
+    from tier1.loops.gate_candidate import registered_suites
 
     assert fed.config.aggregation.probe is not None, "the probe is on"
     limits = fed.config.evaluation
