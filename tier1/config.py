@@ -156,6 +156,12 @@ class EvaluationConfig(Section):
     seq_len: int = Field(default=96, ge=8, le=1_000_000)
 
 
+class BroadcastConfig(Section):
+    """What is made of a champion besides its snapshot; `onnx` needs the extra of that name."""
+
+    onnx: bool = False
+
+
 class RegistryConfig(Section):
     """MLflow tracking URI (http…), or `file` for the file-backed registry."""
 
@@ -191,6 +197,7 @@ class Tier1Config(Section):
     window: WindowConfig = WindowConfig()
     data_engine: DataEngineConfig = DataEngineConfig()
     evaluation: EvaluationConfig
+    broadcast: BroadcastConfig = BroadcastConfig()
     registry: RegistryConfig = RegistryConfig()
     governance: GovernanceConfig
 

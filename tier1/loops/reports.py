@@ -167,7 +167,7 @@ def published_html(published: Published) -> str:
         return "<p>There is no champion yet: nothing was published.</p>"
     return (
         f"<p>Version {published.version}: {published.n_blobs} blobs, {published.n_bytes / 1e6:.1f} MB, "
-        f"manifest {published.snapshot}.</p>"
+        f"manifest {published.snapshot}.</p>" + (f"<p>ONNX: {_short(published.onnx)}.</p>" if published.onnx else "")
     )
 
 
