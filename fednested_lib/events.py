@@ -51,6 +51,15 @@ class ModelAvailable(_Event):
     chain_head: Digest
 
 
+class OnnxAvailable(_Event):
+    """A champion may be fetched as an ONNX graph: `record` is the digest of the blob that names its files."""
+
+    event: Literal["onnx_available"] = "onnx_available"
+    version: int = Field(ge=0)
+    snapshot: Digest
+    record: Digest
+
+
 class FederationEnd(_Event):
     """Devices finish what they hold and stop; one older than the model that a device holds is a replay."""
 
@@ -151,6 +160,7 @@ class WorkflowFailed(_Event):
 
 Event = Annotated[
     ModelAvailable
+    | OnnxAvailable
     | FederationEnd
     | UpdatesSettled
     | ResendUnsettled

@@ -137,14 +137,29 @@ class DataEngineConfig(Section):
         return self
 
 
+class SuiteBound(Section):
+    """What one suite's rise is held against, where it is not the default of all suites."""
+
+    max_regression: float | None = Field(default=None, ge=0, le=100)
+    judged_by: Literal["low", "mean", "high"] | None = None
+
+
 class EvaluationConfig(Section):
     """Suites (name → JSONL path) and the automatic gate: largest allowed rise of any suite's loss, nats per token."""
 
     suites: dict[str, Path]
     max_regression: float = Field(default=0.05, ge=0, le=100)
+    judged_by: Literal["low", "mean", "high"] = "mean"
+    bounds: dict[str, SuiteBound] = Field(default_factory=dict)
     max_tokens: int = Field(default=4096, ge=64, le=1_000_000_000)
     max_tries: int = Field(default=3, ge=1, le=16)
     seq_len: int = Field(default=96, ge=8, le=1_000_000)
+
+
+class BroadcastConfig(Section):
+    """What is made of a champion besides its snapshot; `onnx` needs the extra of that name."""
+
+    onnx: bool = False
 
 
 class RegistryConfig(Section):
@@ -182,6 +197,7 @@ class Tier1Config(Section):
     window: WindowConfig = WindowConfig()
     data_engine: DataEngineConfig = DataEngineConfig()
     evaluation: EvaluationConfig
+    broadcast: BroadcastConfig = BroadcastConfig()
     registry: RegistryConfig = RegistryConfig()
     governance: GovernanceConfig
 

@@ -19,7 +19,8 @@ from tests.federation import Device, write_text
 from tests.flyte.stand_in.executions import Execution
 from tests.flyte.stand_in.server import FlyteStandIn
 from tier1.loops.aggregate_experts import fold_updates, take_updates
-from tier1.loops.evaluate_and_promote import newest_candidate, suite_registry
+from tier1.loops.evaluate_and_promote import newest_candidate
+from tier1.loops.gate_candidate import suite_registry
 from tier1.versions.candidates import load_candidate
 
 STEPS, EVERY = 60, 10

@@ -170,7 +170,7 @@ def probe(
 
 def _probed(fed: Federation, candidate: Candidate, admission: Admission) -> Admission:
     from tier1.evaluation.probe import probed
-    from tier1.loops.evaluate_and_promote import registered_suites
+    from tier1.loops.gate_candidate import registered_suites
 
     limits = fed.config.evaluation
     return probed(

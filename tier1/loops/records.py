@@ -157,12 +157,16 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """The champion as devices can fetch it; `version` -1 means that there is no champion yet."""
+    """The champion as devices can fetch it; `version` -1 means that there is no champion yet.
+
+    `onnx` is the digest of the record of its ONNX graph, or why there is none; empty if none was asked for.
+    """
 
     version: int
     snapshot: str
     n_blobs: int
     n_bytes: int
+    onnx: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
