@@ -73,8 +73,8 @@ def train(
         on_step: Called with step number (from 1) and loss after each step.
 
     Raises:
-        TrainingError: Loss or gradient is not finite (the weights are those after the last good step), or the
-            checkpoints are another run's.
+        TrainingError: Loss or gradient is not finite (the weights are those after the last good step), memory does not
+            suffice, or the checkpoints are another run's.
         DataError: There is no row.
         ConfigError: The batch does not divide among the ranks.
         StorageError: A checkpoint cannot be written; the one before it is intact.
@@ -90,7 +90,8 @@ def train(
         for step, chosen in islice(enumerate(batches(len(tokens), settings), start=1), progress.step, None):
             torch.manual_seed(_seed_of(settings.seed, step, ranks.rank))
             rows = torch.from_numpy(tokens[chosen[share]].astype(np.int64))
-            loss = backend.step(rows, rate=schedule(step, settings))
+            with _memory_named(step, settings, ranks):
+                loss = backend.step(rows, rate=schedule(step, settings))
             if not math.isfinite(loss):
                 raise TrainingError(_not_finite(step, chosen, settings))
             progress = Progress(step=step, loss_first=loss if step == 1 else progress.loss_first, loss_last=loss)
@@ -142,6 +143,24 @@ def _not_finite(step: int, chosen: np.ndarray, settings: TrainSettings) -> str:
         f"loss or gradient at step {step} of {settings.steps} is not finite (rows {rows} of the packed data, learning "
         f"rate {settings.learning_rate:g}): lower core.learning_rate; the weights of step {step - 1} are kept"
     )
+
+
+@contextmanager
+def _memory_named(step: int, settings: TrainSettings, ranks: Ranks) -> Iterator[None]:
+    """Say which micro-batch to try where memory does not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not out_of_memory:
+            raise
+        rows = settings.rows_per_pass(ranks.world_size)
+        smaller = [k for k in range(1, rows) if settings.batch_size // ranks.world_size % k == 0]
+        remedy = f"set core.micro_batch to {smaller[-1]}" if smaller else "cut weights and optimiser with core.deepspeed"
+        raise TrainingError(
+            f"memory of rank {ranks.rank} ({ranks.device}) does not suffice for step {step} with {rows} rows per pass: "
+            f"{remedy}, core.activation_checkpointing to true, or train on more ranks; then run again under its name"
+        ) from error
 
 
 def schedule(step: int, settings: TrainSettings) -> float:

@@ -17,8 +17,12 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tier1.training.backends import Backend
 
 ROOT = Path(__file__).resolve().parents[3]
 STUCK_S = 240  # a rank that is not done by then is ended by SIGALRM, which no test expects
@@ -51,6 +55,7 @@ class Ended:
     losses: tuple[float, ...] = ()
     steps_s: tuple[float, ...] = ()
     ended_s: float = 0.0
+    peak_mib: float = 0.0
     error: str = ""
     message: str = ""
 
@@ -58,12 +63,12 @@ class Ended:
 class RankRunner:
     """Starts the ranks of one run after another."""
 
-    def __init__(self, scratch: Path):
+    def __init__(self, scratch: Path, *imported: str):
         self._scratch = scratch
         scratch.mkdir(parents=True, exist_ok=True)
         self._errors = (scratch / "stderr.txt").open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.tier1.training.rank_process"],
+            [sys.executable, "-m", "tests.tier1.training.rank_process", *imported],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             stdin=subprocess.PIPE,
@@ -107,6 +112,9 @@ def _serve() -> None:
     import tier1.training.core_update
     import tier1.training.model  # noqa: F401
 
+    if "deepspeed" in sys.argv:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401
     assert threading.active_count() == 1, "a fork would copy a lock that a thread holds"
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a rank prints is not an answer
@@ -159,6 +167,10 @@ def _train(
     file_limit: int | None = None,
     timeout_s: float = 120.0,
     large: bool = False,
+    clip: float = 1.0,
+    engine: dict | None = None,
+    micro_batch: int | None = None,
+    recompute: bool = False,
 ) -> str:
     """Be one rank of a run and return the digest of its weights.
 
@@ -174,8 +186,11 @@ def _train(
         file_limit: largest file that rank 0 may write, bytes: a full disk.
         timeout_s: longest wait for another rank.
         large: the demo's model and rows of its length in place of the small ones.
+        clip: largest norm of the gradient.
+        engine: settings of DeepSpeed; None is plain torch.
+        micro_batch: rows per pass.
+        recompute: activation checkpointing.
     """
-    from tier1.training.backends import TorchBackend
     from tier1.training.checkpoint import Checkpoints
     from tier1.training.model import TINY_MIXTRAL, initial_model
     from tier1.training.ranks import join_ranks
@@ -187,7 +202,16 @@ def _train(
         config, rows = TINY_MIXTRAL, np.random.default_rng(0).integers(0, 1024, size=(256, 97)).astype(np.int32)
     with join_ranks(timeout_s) as ranks:
         model = initial_model("mixtral", config, 0)
-        settings = TrainSettings(steps=steps, batch_size=batch_size, learning_rate=1e-2, aux_loss=aux_loss)
+        settings = TrainSettings(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=1e-2,
+            aux_loss=aux_loss,
+            grad_clip=clip,
+            micro_batch=micro_batch,
+            activation_checkpointing=recompute,
+        )
+        backend = _backend(engine)
         checkpoints = Checkpoints(directory=Path(directory), every=every, run={"steps": steps}) if directory else None
 
         def on_step(step: int, loss: float) -> None:
@@ -203,15 +227,28 @@ def _train(
             rows,
             settings,
             family="mixtral",
-            backend=TorchBackend(),
+            backend=backend,
             ranks=ranks,
             checkpoints=checkpoints,
             on_step=on_step,
         )
+        weights = backend.state_dict()
+    said["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     digest = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.numpy().tobytes())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _backend(engine: dict | None) -> Backend:
+    if engine is None:
+        from tier1.training.backends import TorchBackend
+
+        return TorchBackend()
+    from tier1.training.deepspeed_backend import DeepSpeedBackend
+    from tier1.training.deepspeed_config import DeepSpeedSettings
+
+    return DeepSpeedBackend(DeepSpeedSettings(**engine))
 
 
 if __name__ == "__main__":
