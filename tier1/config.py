@@ -38,7 +38,7 @@ class DeviceRecord(Section):
 
 
 class ModelConfig(Section):
-    """Genesis: a model family, and the arguments of its transformers configuration class or a trained model's directory.
+    """Genesis: a model family, and arguments of its transformers configuration class or a trained model's directory.
 
     With `pretrained`, shape, vocabulary, weights and tokenizer are that model's.
     """

@@ -2,7 +2,8 @@
 
 `Backend` is the seam for engines. One process with plain torch is right up to some hundred million parameters, and in
 tests; several ranks with it as long as weights and optimiser state fit each of them, else
-`tier1/training/deepspeed_backend.py`. Both name the training state alike, so that one goes on where the other ended. What is minimised is in `tier1/training/loss.py`, the same for all.
+`tier1/training/deepspeed_backend.py`. Both name the training state alike, so that one goes on where the other ended.
+What is minimised is in `tier1/training/loss.py`, the same for all.
 """
 
 from __future__ import annotations

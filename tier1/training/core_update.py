@@ -22,7 +22,6 @@ from tier1.training.ranks import ALONE, Ranks
 from tier1.training.settings import TrainSettings
 from tier1.training.trainer import OnStep, TrainReport, dense_delta, train
 
-
 _HOW = {"threads", "micro_batch", "activation_checkpointing"}
 
 

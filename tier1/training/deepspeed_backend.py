@@ -2,9 +2,9 @@
 
     loss, schedule, clip and AdamW are those of `TorchBackend`; what differs is who holds what
 
-The training state is gathered under the names of transformers, as `TorchBackend` gives it. So a checkpoint knows nothing
-of the layout: a run goes on with another stage, another number of ranks or without DeepSpeed. It passes through the
-memory of rank 0, at 12 bytes per parameter. Importing this module does not import deepspeed, which takes seconds.
+The training state is gathered under the names of transformers, as `TorchBackend` gives it. So a checkpoint knows
+nothing of the layout: a run goes on with another stage, another number of ranks or without DeepSpeed. It passes through
+the memory of rank 0, at 12 bytes per parameter. Importing this module does not import deepspeed, which takes seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -152,7 +153,7 @@ def _partition(piece: nn.Parameter, full: Tensor) -> Tensor:
     return padded.narrow(0, size * dist.get_rank(group), size)
 
 
-def _deepspeed(ranks: Ranks):  # noqa: ANN202 (the module, imported here)
+def _deepspeed(ranks: Ranks) -> ModuleType:
     """Import DeepSpeed and let it use the process group that is there, or one of this process alone."""
     if ranks.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

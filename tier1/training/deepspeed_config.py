@@ -1,8 +1,8 @@
 """What of DeepSpeed a run may choose, and the JSON that DeepSpeed gets of it.
 
-ZeRO (arXiv:1910.02054) cuts over the ranks: stage 1 the optimiser state, 2 also the gradients, 3 also the weights. Plain
-torch holds all of it on every rank, which is stage 0: leave `core.deepspeed` out for it. Expert parallelism cuts the
-experts over groups of ranks and sends tokens to them (GShard, arXiv:2006.16668), where ZeRO-3 would send weights.
+ZeRO (arXiv:1910.02054) cuts over the ranks: stage 1 the optimiser state, 2 also the gradients, 3 also the weights.
+Plain torch holds all of it on every rank, which is stage 0: leave `core.deepspeed` out for it. Expert parallelism cuts
+the experts over groups of ranks and sends tokens to them (GShard, arXiv:2006.16668), where ZeRO-3 would send weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from fednested_lib.config import Section
 from fednested_lib.errors import ConfigError
-from tier1.training.ranks import Ranks
+from tier1.training.ranks import BUCKET_ELEMENTS, Ranks
 from tier1.training.settings import ADAM_BETAS, TrainSettings
 
 # DeepSpeed's preset names; of another family's router it would not record the logits.
@@ -30,7 +30,9 @@ class DeepSpeedSettings(Section):
 
 
 def check_layout(chosen: DeepSpeedSettings, family: str, model: Any, ranks: Ranks) -> None:
-    """Refuse what cannot be cut, or what AutoEP would compute differently.
+    """Refuse what cannot be cut, or what DeepSpeed would compute differently.
+
+    AutoEP's router has no noise, and transformers' adds it in place, which the hooks of ZeRO-3 forbid.
 
     Args:
         chosen: The settings.
@@ -39,24 +41,26 @@ def check_layout(chosen: DeepSpeedSettings, family: str, model: Any, ranks: Rank
         ranks: Those that train together.
 
     Raises:
-        ConfigError: The experts do not divide, or the family or its router noise has no expert parallelism.
+        ConfigError: The experts do not divide, or the family or its router noise does not go with the layout.
     """
     size, n_experts = chosen.expert_parallel, getattr(model, "num_experts", None) or model.num_local_experts
+    if getattr(model, "router_jitter_noise", 0.0) and (size > 1 or chosen.zero_stage == 3):
+        raise ConfigError(
+            f"model.config.router_jitter_noise must be 0 with core.deepspeed's zero_stage 3 or expert_parallel, got "
+            f"{model.router_jitter_noise:g}: train with zero_stage 2 and expert_parallel 1"
+        )
     if size == 1:
         return
     if family not in AUTOEP_FAMILIES:
         known = ", ".join(sorted(AUTOEP_FAMILIES))
-        raise ConfigError(f"core.deepspeed.expert_parallel must be 1 for family {family}, got {size}: {known} have more")
+        raise ConfigError(
+            f"core.deepspeed.expert_parallel must be 1 for family {family}, got {size}: {known} have more"
+        )
     fitting = [k for k in range(1, ranks.world_size + 1) if ranks.world_size % k == 0 and n_experts % k == 0]
     if size not in fitting:
         raise ConfigError(
-            f"core.deepspeed.expert_parallel must divide the {ranks.world_size} rank(s) and the {n_experts} experts, got "
-            f"{size}: set it to {' or '.join(map(str, fitting))}, or train on another number of ranks"
-        )
-    if getattr(model, "router_jitter_noise", 0.0):
-        raise ConfigError(
-            f"model.config.router_jitter_noise must be 0 with core.deepspeed.expert_parallel {size}, got "
-            f"{model.router_jitter_noise:g}: DeepSpeed's router has no noise; train with expert_parallel: 1"
+            f"core.deepspeed.expert_parallel must divide the {ranks.world_size} rank(s) and the {n_experts} experts, "
+            f"got {size}: set it to {' or '.join(map(str, fitting))}, or train on another number of ranks"
         )
 
 
@@ -67,7 +71,13 @@ def engine_json(chosen: DeepSpeedSettings, settings: TrainSettings, ranks: Ranks
         ConfigError: The batch does not divide into micro-batches.
     """
     rows, passes = settings.rows_per_pass(ranks.world_size), settings.passes(ranks.world_size)
-    zero: dict[str, Any] = {"stage": chosen.zero_stage, "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": chosen.zero_stage,
+        "overlap_comm": False,  # sums in a fixed order
+        # DeepSpeed's own are 2 GB, which deterministic torch fills anew at every step.
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
     if chosen.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": ranks.device != "cpu"}
     return {

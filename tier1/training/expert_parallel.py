@@ -1,6 +1,6 @@
 """Expert parallelism through DeepSpeed's AutoEP, and the names that its layers hide.
 
-AutoEP replaces each MoE block: rank r of a group of n holds experts r·E/n … (r+1)·E/n − 1, gate and up projection apart.
+AutoEP replaces each MoE block: rank r of a group of n holds experts r·E/n … (r+1)·E/n − 1, gate and up apart.
 
     model.layers.0.mlp.gate.weight            ↔  …mlp.router.gate.weight                 on every rank
     model.layers.0.mlp.experts.gate_up_proj   ↔  cat over ranks of [experts.w1; experts.w3]

@@ -1,4 +1,4 @@
-"""The first model of a federation: a Mixture-of-Experts class of transformers, with seeded random weights or trained ones.
+"""The first model of a federation: a Mixture-of-Experts class of transformers, its weights seeded or trained.
 
 Trained weights come from a directory as `save_pretrained` writes it. There each expert has names of its own, which
 transformers fuses while it loads: nothing else here reads such files.
@@ -90,7 +90,9 @@ def pretrained_model(path: Path, family: str) -> PreTrainedModel:
     found = _model_type(path)
     if found != check_family(family):
         check_family(str(found))
-        raise ConfigError(f"model.pretrained {path} is of family {found}, model.family says {family}: set it to {found}")
+        raise ConfigError(
+            f"model.pretrained {path} is of family {found}, model.family says {family}: set it to {found}"
+        )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -106,8 +108,8 @@ def pretrained_model(path: Path, family: str) -> PreTrainedModel:
     odd = sorted(map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]))
     if odd:
         raise DataError(
-            f"model.pretrained {path} does not have the weights of its config.json ({len(odd)} differ, first {odd[0]}): "
-            "copy the model again"
+            f"model.pretrained {path} does not have the weights of its config.json ({len(odd)} differ, first "
+            f"{odd[0]}): copy the model again"
         )
     for name, _ in model.named_parameters():
         group_of(name, family)

@@ -62,8 +62,8 @@ class TrainSettings:
         if share % rows:
             fitting = [k for k in range(1, share + 1) if share % k == 0]
             raise ConfigError(
-                f"core.micro_batch must divide the {share} rows that each of {world_size} rank(s) takes of a batch, got "
-                f"{rows}: set it to {max(k for k in fitting if k < rows)} or {min(k for k in fitting if k > rows)}"
+                f"core.micro_batch must divide the {share} rows that each of {world_size} rank(s) takes of a batch, "
+                f"got {rows}: set it to {max(k for k in fitting if k < rows)} or {min(k for k in fitting if k > rows)}"
             )
         return rows
 

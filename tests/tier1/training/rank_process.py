@@ -53,6 +53,7 @@ class Ended:
     status: int
     weights: str = ""
     losses: tuple[float, ...] = ()
+    began_s: float = 0.0
     steps_s: tuple[float, ...] = ()
     ended_s: float = 0.0
     peak_mib: float = 0.0
@@ -140,7 +141,7 @@ def _be_rank(rank: int, order: dict) -> None:
     )
     if str(rank) in order["kill"]:
         os.environ["FEDNESTED_FAILPOINT"] = order["kill"][str(rank)]
-    status, said = 1, {"losses": [], "steps_s": []}
+    status, said = 1, {"losses": [], "began_s": time.monotonic(), "steps_s": []}
     try:
         said["weights"] = _train(said, **order["job"])
         status = 0
@@ -162,6 +163,7 @@ def _train(
     every: int = 4,
     directory: str | None = None,
     still: bool = False,
+    router_noise: bool = True,
     aux_loss: float = 0.02,
     poisoned_rank: int | None = None,
     file_limit: int | None = None,
@@ -181,6 +183,7 @@ def _train(
         every: steps between checkpoints.
         directory: where they are; None is off.
         still: no dropout and no router noise.
+        router_noise: False is none, but dropout.
         aux_loss: coefficient of the balancing loss.
         poisoned_rank: the rank whose model yields NaN from step 6 on.
         file_limit: largest file that rank 0 may write, bytes: a full disk.
@@ -197,7 +200,7 @@ def _train(
     from tier1.training.settings import TrainSettings
     from tier1.training.trainer import train
 
-    config, rows = MODEL | (STILL if still else {}), ROWS
+    config, rows = MODEL | (STILL if still else {}) | ({} if router_noise else {"router_jitter_noise": 0.0}), ROWS
     if large:
         config, rows = TINY_MIXTRAL, np.random.default_rng(0).integers(0, 1024, size=(256, 97)).astype(np.int32)
     with join_ranks(timeout_s) as ranks:

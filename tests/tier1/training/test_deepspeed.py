@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from fednested_lib.errors import ConfigError
-from tests.tier1.training.rank_process import MODEL, STILL, RankRunner
+from tests.tier1.training.rank_process import MODEL, RankRunner
 from tier1.training.deepspeed_config import DeepSpeedSettings, check_layout
 from tier1.training.ranks import Ranks
 from tier1.training.settings import TrainSettings
@@ -18,7 +18,7 @@ needs_deepspeed = pytest.mark.skipif(
 )
 STAGES = ({"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3})
 EXPERTS = ({"zero_stage": 2, "expert_parallel": 2}, {"zero_stage": 3, "expert_parallel": 2})
-# The norm of the first gradients is about 2, so that the clip acts, and it acts alike only if every norm is the global one.
+# So small that the clip acts on every step: it acts alike only if the norm is the global one.
 RUN = {"steps": 12, "still": True, "aux_loss": 1.0, "clip": 0.3}
 
 
@@ -58,7 +58,7 @@ def test_every_engine_has_the_curve_of_one_process(runner, torch_losses, engine)
 @pytest.mark.parametrize("engine", [STAGES[2], EXPERTS[0]], ids=str)
 def test_a_killed_rank_and_the_run_goes_on_to_the_same_bits(runner, tmp_path, engine):
     """Guards item 2: the gathered state is all that the next step depends on, for cut weights and cut experts."""
-    run = {"engine": engine, "still": "expert_parallel" in engine}
+    run = {"engine": engine, "router_noise": False}  # dropout stays: random numbers count
     whole = done(runner.run(2, **run))[0].weights
     ended = runner.run(2, directory=str(tmp_path), kill={1: "core.after_step:6"}, **run)
     assert ended[1].status == -signal.SIGKILL
@@ -118,11 +118,11 @@ def test_what_autoep_would_compute_differently_is_refused():
     noisy = Shape()
     noisy.router_jitter_noise = 0.01
     two = DeepSpeedSettings(expert_parallel=2)
-    with pytest.raises(ConfigError, match=r"router_jitter_noise must be 0 .* got 0\.01"):
-        check_layout(two, "mixtral", noisy, Ranks(world_size=2))
+    for layout in (two, DeepSpeedSettings(zero_stage=3)):
+        with pytest.raises(ConfigError, match=r"router_jitter_noise must be 0 .* got 0\.01"):
+            check_layout(layout, "mixtral", noisy, Ranks(world_size=2))
     with pytest.raises(ConfigError, match="must be 1 for family olmoe, got 2: mixtral, qwen3_moe have more"):
         check_layout(two, "olmoe", Shape(), Ranks(world_size=2))
-    assert STILL["router_jitter_noise"] == 0.0
 
 
 def test_a_micro_batch_that_does_not_divide_names_the_sizes_that_do():

@@ -78,7 +78,7 @@ def saved(directory, family, **changes):
 
 @pytest.mark.parametrize("family", sorted(SHAPES))
 def test_a_saved_model_is_loaded_under_its_names_in_memory(tmp_path, family):
-    """Guards genesis from an open model: on the disk each expert has names of its own, here they are fused, bit-equal."""
+    """Guards genesis from an open model: each expert has its own names on the disk, here they are fused."""
     model = saved(tmp_path, family)
     with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
         assert not any("gate_up_proj" in name for name in file.keys())  # noqa: SIM118 (not a dict)
