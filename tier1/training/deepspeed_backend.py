@@ -79,13 +79,15 @@ class DeepSpeedBackend:
 
     def training_state(self) -> dict[str, Tensor]:
         """Return weights and AdamW's moments on rank 0; the others take part and return nothing."""
+        self._link()
         state = {}
-        steps = next(iter(self._moments().values()))["step"]
+        steps = self._optimizer.optimizer.state[next(self._flats())]["step"]
         for name, part in self._parts.items():
             found = {WEIGHTS + name: self._whole(part)}
             found |= {f"{OPTIMIZER}{key}.{name}": self._whole(part, key) for key in MOMENTS}
             if self._ranks.rank == 0:
-                state |= {key: tensor.cpu() for key, tensor in found.items()} | {f"{OPTIMIZER}step.{name}": steps}
+                state |= {key: tensor.cpu() for key, tensor in found.items()}
+                state[f"{OPTIMIZER}step.{name}"] = steps.clone()
         return state
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
@@ -94,8 +96,7 @@ class DeepSpeedBackend:
         for flat in self._flats():
             moments = {key: torch.zeros_like(flat) for key in MOMENTS}
             self._optimizer.optimizer.state[flat] = {"step": steps.clone(), **moments}
-        if self._chosen.zero_stage < 3:
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+        self._link()
         for name, part in self._parts.items():
             _put(part, state[WEIGHTS + name])
             for key in MOMENTS:
@@ -118,8 +119,11 @@ class DeepSpeedBackend:
         stage_3 = self._chosen.zero_stage == 3
         yield from optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
 
-    def _moments(self) -> Mapping[Tensor, Mapping[str, Tensor]]:
-        return self._optimizer.optimizer.state
+    def _link(self) -> None:
+        """Let parameters find their moments: DeepSpeed does it after the first group's first step, for that alone."""
+        if self._chosen.zero_stage < 3:
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _put(part: Part, whole: Tensor, key: str | None = None) -> None:
