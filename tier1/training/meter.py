@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,12 @@ class Meter:
     def __init__(self, model: nn.Module, family: str, ranks: Ranks):
         self._active, self._ranks = active_parameters(model, family), ranks
         self._tokens, self._started = 0, time.monotonic()
+
+    def again(self) -> Meter:
+        """Return a meter of the same run that counts from now."""
+        other = copy(self)
+        other._tokens, other._started = 0, time.monotonic()
+        return other
 
     def count(self, tokens: int) -> None:
         """Add the tokens of one step, over all ranks."""
