@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fednested_lib.errors import ConfigError
 from tier1.training.backends import OPTIMIZER, WEIGHTS, parameter_groups, ready
 from tier1.training.deepspeed_config import DeepSpeedSettings, check_layout, engine_json
 from tier1.training.expert_parallel import Part, parts_of, registry_by_name
@@ -38,7 +39,7 @@ class DeepSpeedBackend:
         """Take the model over; its parameters are DeepSpeed's from here on.
 
         Raises:
-            ConfigError: The experts or the batch do not divide as the settings say.
+            ConfigError: The experts or the batch do not divide as the settings say, or DeepSpeed is not installed.
         """
         self._settings, self._ranks = settings, ranks
         check_layout(self._chosen, family, model.config, ranks)
@@ -158,13 +159,22 @@ def _partition(piece: nn.Parameter, full: Tensor) -> Tensor:
 
 
 def _deepspeed(ranks: Ranks) -> ModuleType:
-    """Import DeepSpeed and let it use the process group that is there, or one of this process alone."""
+    """Import DeepSpeed and let it use the process group that is there, or one of this process alone.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     if ranks.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it also where nobody launched ranks
-    import deepspeed
-    import deepspeed.ops
-
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(
+            "core.deepspeed needs the package deepspeed, which is not installed here: install it as docs/training.md "
+            "says, or leave core.deepspeed out for plain torch"
+        ) from error
     # Compiled with the first engine, which takes minutes and a compiler; gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+import sys
 
 import pytest
 
 from fednested_lib.errors import ConfigError
 from tests.tier1.training.rank_process import MODEL, RankRunner
+from tier1.training.deepspeed_backend import DeepSpeedBackend
 from tier1.training.deepspeed_config import DeepSpeedSettings, check_layout
+from tier1.training.model import initial_model
 from tier1.training.ranks import Ranks
 from tier1.training.settings import TrainSettings
 
@@ -103,6 +106,14 @@ class Shape:
 
     num_local_experts = MODEL["num_local_experts"]
     router_jitter_noise = 0.0
+
+
+def test_without_deepspeed_the_error_names_the_key(monkeypatch):
+    """Guards the message on a machine or in an image that does not have the package: one line, before any training."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    model = initial_model("mixtral", MODEL | {"router_jitter_noise": 0.0}, 0)
+    with pytest.raises(ConfigError, match=r"core\.deepspeed needs the package deepspeed"):
+        DeepSpeedBackend().prepare(model, TrainSettings(steps=1), "mixtral")
 
 
 def test_experts_that_do_not_divide_name_what_does():
