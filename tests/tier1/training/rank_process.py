@@ -173,6 +173,9 @@ def _train(
     engine: dict | None = None,
     micro_batch: int | None = None,
     recompute: bool = False,
+    starved_rank: int | None = None,
+    n_rows: int | None = None,
+    token: int | None = None,
 ) -> str:
     """Be one rank of a run and return the digest of its weights.
 
@@ -193,6 +196,9 @@ def _train(
         engine: settings of DeepSpeed; None is plain torch.
         micro_batch: rows per pass.
         recompute: activation checkpointing.
+        starved_rank: the rank that gets no memory from step 6 on.
+        n_rows: use so many of the rows.
+        token: the last of the last row is this one.
     """
     from tier1.training.checkpoint import Checkpoints
     from tier1.training.model import TINY_MIXTRAL, initial_model
@@ -203,6 +209,9 @@ def _train(
     config, rows = MODEL | (STILL if still else {}) | ({} if router_noise else {"router_jitter_noise": 0.0}), ROWS
     if large:
         config, rows = TINY_MIXTRAL, np.random.default_rng(0).integers(0, 1024, size=(256, 97)).astype(np.int32)
+    rows = rows[:n_rows].copy()
+    if token is not None:
+        rows[-1, -1] = token
     with join_ranks(timeout_s) as ranks:
         model = initial_model("mixtral", config, 0)
         settings = TrainSettings(
@@ -220,6 +229,8 @@ def _train(
         def on_step(step: int, loss: float) -> None:
             said["losses"].append(loss)
             said["steps_s"].append(time.monotonic())
+            if step == 5 and ranks.rank == starved_rank:
+                model.model.norm.register_forward_hook(lambda module, args, output: output.new_empty(1 << 60))
             if step == 5 and ranks.rank == poisoned_rank:
                 model.model.norm.register_forward_hook(lambda module, args, output: output * float("nan"))
 
