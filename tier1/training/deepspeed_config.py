@@ -16,7 +16,7 @@ from fednested_lib.errors import ConfigError
 from tier1.training.ranks import BUCKET_ELEMENTS, Ranks
 from tier1.training.settings import ADAM_BETAS, TrainSettings
 
-# DeepSpeed's preset names; of another family's router it would not record the logits.
+# Those for which DeepSpeed has a preset.
 AUTOEP_FAMILIES = {"mixtral", "qwen3_moe"}
 
 
