@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from fednested_lib.config import MAX_SEED, LogConfig, PublicKey, Section, load_yaml, resolve_uri
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
+from tier1.training.deepspeed_config import DeepSpeedSettings
 from tier1.versions.settings import AggregationSettings, Rates
 
 COMMAND = "fednested init-config tier1"
@@ -37,12 +38,22 @@ class DeviceRecord(Section):
 
 
 class ModelConfig(Section):
-    """Genesis: a model family and the keyword arguments of its transformers configuration class."""
+    """Genesis: a model family, and arguments of its transformers configuration class or a trained model's directory.
+
+    With `pretrained`, shape, vocabulary, weights and tokenizer are that model's.
+    """
 
     family: Literal["mixtral", "qwen3_moe", "olmoe"] = "mixtral"
     config: dict = Field(default_factory=dict)
     vocab_size: int = Field(default=1024, ge=258, le=262_144)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    pretrained: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.pretrained and self.model_fields_set & {"config", "vocab_size", "seed"}:
+            raise ValueError("pretrained brings shape, vocabulary and weights: leave out config, vocab_size and seed")
+        return self
 
 
 class CoreUpdateConfig(Section):
@@ -56,6 +67,9 @@ class CoreUpdateConfig(Section):
     threads: int = Field(default=2, ge=1, le=1024)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     checkpoint_every: int | None = Field(default=100, ge=1, le=1_000_000_000)
+    micro_batch: int | None = Field(default=None, ge=1, le=1_000_000)
+    activation_checkpointing: bool = False
+    deepspeed: DeepSpeedSettings | None = None
     rank_timeout_s: float = Field(default=1800.0, ge=1, le=86_400)
 
 
@@ -217,6 +231,7 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
     config = load_yaml(path, Tier1Config, command=COMMAND)
     _check_rule(path, config.aggregation)
     base = Path(path).resolve().parent
+    pretrained = config.model.pretrained
     core = config.core.model_copy(update={"datasets": {k: base / v for k, v in config.core.datasets.items()}})
     evaluation = config.evaluation.model_copy(
         update={"suites": {k: base / v for k, v in config.evaluation.suites.items()}}
@@ -229,6 +244,7 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
             "home": base / config.home,
             "identity": config.identity.model_copy(update={"key": base / config.identity.key}),
             "core": core,
+            "model": config.model.model_copy(update={"pretrained": base / pretrained if pretrained else None}),
             "evaluation": evaluation,
             "registry": config.registry.model_copy(update={"uri": registry_uri}),
             "governance": config.governance.model_copy(update={"policy": base / config.governance.policy}),

@@ -33,8 +33,10 @@ from tier1.versions.dense_update import make_dense
 from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
 
 if TYPE_CHECKING:
+    from tier1.training.backends import Backend
     from tier1.training.checkpoint import Checkpoints, Mirror
     from tier1.training.core_update import DenseDelta
+    from tier1.training.deepspeed_config import DeepSpeedSettings
 
 log = structlog.get_logger()
 
@@ -141,6 +143,8 @@ def _train(
         batch_size=core.batch_size,
         learning_rate=core.learning_rate,
         seed=core.seed,
+        micro_batch=core.micro_batch,
+        activation_checkpointing=core.activation_checkpointing,
         threads=core.threads,
     )
     packed = PackedDataset(
@@ -158,6 +162,7 @@ def _train(
             packed,
             settings,
             fed.archive,
+            backend=_engine(core.deepspeed),
             ranks=ranks,
             checkpoints=_checkpoints(fed, run_id, mirror),
             on_step=on_step,
@@ -172,6 +177,16 @@ def _train(
             loss_last=delta.report.loss_last,
         )
     return delta
+
+
+def _engine(chosen: DeepSpeedSettings | None) -> Backend:
+    if chosen is None:
+        from tier1.training.backends import TorchBackend
+
+        return TorchBackend()
+    from tier1.training.deepspeed_backend import DeepSpeedBackend
+
+    return DeepSpeedBackend(chosen)
 
 
 def _checkpoints(fed: Federation, run_id: str, mirror: Mirror | None) -> Checkpoints | None:
