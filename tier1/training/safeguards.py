@@ -16,6 +16,7 @@ that a resumed run ends with the same bits.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,14 @@ class Memory:
 
     rows: np.ndarray = field(default_factory=lambda: np.empty((0, 1), np.int32))
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Content hash: runs that protect different things are different runs."""
+        content = hashlib.sha256(repr((self.rows.shape, sorted(self.fisher))).encode())
+        for array in (self.rows, *(self.fisher[name].numpy() for name in sorted(self.fisher))):
+            content.update(np.ascontiguousarray(array).tobytes())
+        return content.hexdigest()
 
 
 def terms_of(safeguards: Safeguards, memory: Memory, base: nn.Module, world_size: int = 1) -> list[Term]:
