@@ -251,7 +251,7 @@ def test_what_a_slow_group_takes_is_the_mean_of_the_collected_gradients(base):
     parameters = dict(base.named_parameters())
     optimizer = torch.optim.AdamW(base.parameters(), lr=0.0)
     router, experts = parameters["model.layers.0.mlp.gate.weight"], parameters[EXPERTS]
-    taken = []
+    taken, moments = [], []
     for value in (1.0, 3.0, 10.0, 20.0):
         for parameter in base.parameters():
             parameter.grad = torch.full_like(parameter, value)
@@ -259,6 +259,10 @@ def test_what_a_slow_group_takes_is_the_mean_of_the_collected_gradients(base):
         optimizer.step()
         taken.append((None if router.grad is None else router.grad.mean().item(), *experts.grad.mean((1, 2)).tolist()))
         pace.after(optimizer)
+        moments.append(optimizer.state[experts]["exp_avg"][0].clone())
+    assert not moments[0].any(), "a resting expert's moments rest"
+    assert moments[1].any()
+    assert torch.equal(moments[1], moments[2])
     assert taken[1] == pytest.approx((2.0, 2.0, 3.0, 2.0, 3.0))
     assert taken[3] == pytest.approx((15.0, 15.0, 20.0, 15.0, 20.0))
     assert taken[0][0] is taken[2][0] is None
