@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from torch import Tensor, nn
 
 from fednested_lib.blobs import BlobStore
+from fednested_lib.errors import ConfigError
 from fednested_lib.signing import canonical_json
 from fednested_lib.snapshot import (
     SnapshotManifest,
@@ -88,9 +89,11 @@ def train_core_update(
         SnapshotError: A blob of ``base`` is missing or corrupt.
         TrainingError: Loss or gradient is not finite, or the checkpoints are another run's; no delta is stored.
         StorageError: ``deltas``, or a checkpoint, cannot be written.
-        ConfigError: The batch does not divide among the ranks.
+        ConfigError: The batch does not divide among the ranks, or another engine has no safeguards.
         TransportError: Another rank is gone.
     """
+    if backend and safeguards:
+        raise ConfigError("core.safeguards must be off with another engine than plain torch: remove it or the engine")
     memory = memory or Memory()
     backend = backend or (SafeguardedBackend(safeguards, memory) if safeguards else TorchBackend())
     model = build_model(base, snapshots)
