@@ -182,11 +182,9 @@ def _train(
     return delta
 
 
-def _engine(chosen: DeepSpeedSettings | None) -> Backend:
+def _engine(chosen: DeepSpeedSettings | None) -> Backend | None:
     if chosen is None:
-        from tier1.training.backends import TorchBackend
-
-        return TorchBackend()
+        return None
     from tier1.training.deepspeed_backend import DeepSpeedBackend
 
     return DeepSpeedBackend(chosen)
