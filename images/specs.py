@@ -45,7 +45,12 @@ CONTROL = (
 CONNECTOR = (*CONTROL, "grpcio-health-checking", "prometheus-client", "typer")
 TIER1 = (
     *CONTROL,
+    "deepspeed",  # has no wheel: built from source, without any of its compiled operators
     "flytekitplugins-kfpytorch",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxscript",
     "pandas",
     "pandera",
     "pyarrow",
