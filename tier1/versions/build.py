@@ -60,7 +60,7 @@ def fold_candidate(
     trainer: str,
     authorisation: str,
     lineage: Sequence[str] = (),
-    fold: FoldExperts = fold_experts,
+    fold: FoldExperts | None = None,
 ) -> Candidate:
     """Fold inputs into `parent`.
 
@@ -78,7 +78,7 @@ def fold_candidate(
         trainer: principal that folds; recorded.
         authorisation: id of the policy decision; recorded.
         lineage: ids of lineage records; recorded.
-        fold: folds the experts of a cut where the plain sum does; another one plans it for several machines.
+        fold: folds the experts of a cut where the plain sum does; another one than here plans it for several machines.
 
     Raises:
         PayloadError: a dense delta does not fit the model or is not finite.
@@ -97,7 +97,9 @@ def fold_candidate(
             archive=archive,
         )
     else:
-        folded, outer, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, archive, fold)
+        folded, outer, accepted = _fold_updates(
+            parent, admission.updates, rates.eta_t2, settings, blobs, archive, fold or fold_experts
+        )
     failpoint("fold.after_blobs")
     return Candidate(
         parent=parent.digest,
