@@ -45,6 +45,13 @@ class ModelConfig(Section):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
+class ClustersConfig(Section):
+    """How many tier-1 clusters co-train, each with a key of its own, and how long one waits for the others' deltas."""
+
+    count: int = Field(default=1, ge=1, le=1000)
+    max_wait_s: float = Field(default=3600.0, ge=0, le=604_800)
+
+
 class CoreUpdateConfig(Section):
     """Training of core and experts on governed datasets (name → JSONL path)."""
 
@@ -57,6 +64,9 @@ class CoreUpdateConfig(Section):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     checkpoint_every: int | None = Field(default=100, ge=1, le=1_000_000_000)
     rank_timeout_s: float = Field(default=1800.0, ge=1, le=86_400)
+    schedule_steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    delta_dtype: Literal["float32", "float16"] = "float32"
+    clusters: ClustersConfig = ClustersConfig()
 
 
 class WindowConfig(Section):

@@ -19,7 +19,7 @@ from tier1.training.loss import Term, batch_loss
 from tier1.training.ranks import ALONE, Ranks
 from tier1.training.settings import TrainSettings
 
-_WEIGHTS, _OPTIMIZER = "model.", "optimizer."
+WEIGHTS, _OPTIMIZER = "model.", "optimizer."
 
 
 class Backend(Protocol):
@@ -44,7 +44,7 @@ class Backend(Protocol):
         """Return the weights under the in-memory names of transformers; every rank calls it."""
 
     def training_state(self) -> dict[str, Tensor]:
-        """Return weights and optimiser state by name: all that the next step depends on; every rank calls it."""
+        """Return weights (named `WEIGHTS`…) and optimiser state: what the next step depends on; all ranks call."""
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from such a state, after `prepare`."""
@@ -86,7 +86,7 @@ class TorchBackend:
         """Return weights and AdamW's moments; tied weights count once."""
         state = {}
         for name, parameter in self._model.named_parameters():
-            state[_WEIGHTS + name] = parameter.detach()
+            state[WEIGHTS + name] = parameter.detach()
             for key, tensor in self._optimizer.state[parameter].items():
                 state[f"{_OPTIMIZER}{key}.{name}"] = tensor
         return state
@@ -94,7 +94,7 @@ class TorchBackend:
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from such a state."""
         for name, parameter in self._model.named_parameters():
-            parameter.data.copy_(state[_WEIGHTS + name])
+            parameter.data.copy_(state[WEIGHTS + name])
             self._optimizer.state[parameter] = {
                 key: _on_device(key, state[f"{_OPTIMIZER}{key}.{name}"], parameter)
                 for key in ("step", "exp_avg", "exp_avg_sq")
