@@ -13,7 +13,7 @@ Between rounds a cluster keeps its optimiser state and its place in the schedule
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import structlog
@@ -27,9 +27,8 @@ from tier1.versions.manifest import Candidate, DenseInput, Inputs
 from tier1.versions.state import ChainState
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tier1.training.checkpoint import Checkpoints, Found
+    from tier1.training.core_update import DenseDelta
 
 log = structlog.get_logger()
 
@@ -118,15 +117,19 @@ def last_state(fed: Federation) -> Found | None:
     return None if fed.config.core.schedule_steps is None else _kept(fed).newest()
 
 
-def keep_state(fed: Federation, step: int, state: Mapping[str, Tensor]) -> None:
-    """Keep what the cluster's next run goes on from.
+def keep_state(fed: Federation, delta: DenseDelta) -> None:
+    """Keep what the cluster's next run goes on from, if its schedule spans several.
 
     Raises:
         StorageError: the disk is full; the next run goes on from the state before.
     """
     from tier1.training.checkpoint import Progress
 
-    _kept(fed).save(Progress(step=step), state)
+    if delta.state is None:
+        return
+    report = delta.report
+    progress = Progress(step=delta.last_step, loss_first=report.loss_first, loss_last=report.loss_last)
+    _kept(fed).save(progress, delta.state)
 
 
 def _kept(fed: Federation) -> Checkpoints:

@@ -211,8 +211,7 @@ def _keep(fed: Federation, delta: DenseDelta, base_version: int, run_id: str, st
     )
     record = {"update": update.model_dump(mode="json"), "lineage": _record_run(fed, update, started_ms)}
     write_durable(_run_path(fed, run_id, ".json"), canonical_json(record))
-    if delta.state is not None:
-        keep_state(fed, delta.last_step, delta.state)
+    keep_state(fed, delta)
     shutil.rmtree(_run_path(fed, run_id, ".checkpoints"), ignore_errors=True)
     failpoint("core.after_training")
 
