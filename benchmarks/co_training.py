@@ -71,11 +71,11 @@ class Plan:
         before: steps of 2·B rows that version 1 has behind it when both ways begin; 0 begins with genesis.
     """
 
-    rounds: int = 6
+    rounds: int = 8
     steps: int = 50
-    batch: int = 16
+    batch: int = 8
     one_rate: float = 4.5e-3
-    rate: float = 3e-3
+    rate: float = 3.5e-3
     beta: float = 0.6
     eta: float = 0.85
     keeps: bool = True
@@ -117,7 +117,7 @@ def compare(seed: int, plan: Plan = Plan(), model: Mapping[str, Any] = MODEL) ->
         RuntimeError: a version did not pass its gate at once, or replay is not identical.
     """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    with tempfile.TemporaryDirectory(dir=_memory()) as directory:
+    with tempfile.TemporaryDirectory(dir=memory()) as directory:
         scene = _Scene(Path(directory), seed, plan, model)
         one, sizes = scene.one()
         clusters, published = scene.two()
@@ -143,8 +143,8 @@ class _Scene:
         self.directory, self.seed, self.plan = directory, seed, plan
         corpus = plays.prepare(directory / "text", seed, n_devices=2)
         self.text = corpus.tier1
-        suite, self.held_out = _dealt(corpus.suites[f"genre-{plays.TIER1_GENRE}"])
-        self.halves = _dealt(corpus.tier1)
+        suite, self.held_out = dealt(corpus.suites[f"genre-{plays.TIER1_GENRE}"])
+        self.halves = dealt(corpus.tier1)
         path = create_workspace(
             directory / "base",
             datasets={"text": str(self.text)},
@@ -236,7 +236,7 @@ class _Scene:
         return found["held-out"].nats_per_token
 
 
-def _dealt(path: Path) -> list[Path]:
+def dealt(path: Path) -> list[Path]:
     """Deal the lines of a file out to two."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     hands = [path.with_name(f"{path.stem}-{hand}.jsonl") for hand in range(2)]
@@ -265,7 +265,7 @@ def _published(fed: Federation, low: Mapping[int, tuple[int, int]]) -> int:
     return sum(sizes) + sum(len(fed.archive.get(digest)) for digest in slices)
 
 
-def _memory() -> str | None:
+def memory() -> str | None:
     """Return a directory in memory, where there is one: every step is durable, and no disk is measured here."""
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 

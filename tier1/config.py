@@ -49,7 +49,7 @@ class ClustersConfig(Section):
     """How many tier-1 clusters co-train, each with a key of its own, and how long one waits for the others' deltas."""
 
     count: int = Field(default=1, ge=1, le=1000)
-    max_wait_s: float = Field(default=3600.0, ge=0, le=604_800)
+    max_wait_s: float = Field(default=1800.0, ge=0, le=604_800)
 
 
 class CoreUpdateConfig(Section):
