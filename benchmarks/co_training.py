@@ -75,7 +75,7 @@ class Plan:
     steps: int = 50
     batch: int = 8
     one_rate: float = 4.5e-3
-    rate: float = 3.5e-3
+    rate: float = 3e-3
     beta: float = 0.6
     eta: float = 0.85
     keeps: bool = True
