@@ -112,9 +112,8 @@ def test_no_part_of_a_round_is_consumed_twice(scene):
     state = scene.chain.state()
     body = scene.chain.entries()[-1].entry.body
     forged = body.model_copy(update={"version": 2, "candidate": scene.fold(runs[1:])})
-    scene.chain.append(forged, state.next_seq)
     with pytest.raises(ChainCorrupt, match="again"):
-        scene.chain.state()
+        scene.chain.append(forged, state.next_seq)
 
 
 def test_part_of_a_voided_round_waits_for_its_round(scene):
