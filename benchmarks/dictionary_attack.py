@@ -1,14 +1,15 @@
 """The server's attack on one update: which tokens of the vocabulary did the device train on?
 
     rows     B = −η·s·Σ_t g_t·(A·x_t)ᵀ     token v was there if A·x_v lies in the row space of B        (k < r tokens)
-    starts   ΔA = A − A₀ ≈ Σ_t c_t·x_tᵀ    … if x_v lies in the row space of ΔA, A₀ being computable    (mode lora)
+    starts   ΔA = A − A₀ ≈ Σ_t c_t·x_tᵀ    … if x_v lies in the row space of ΔA                         (mode lora)
     labels   B_down = Σ_t g_t·(A·h_t)ᵀ     … if W_U[v], the gradient's direction at label v, lies along its columns
 
 The first is the dictionary attack on a gradient (DAGER, Petrov et al. 2024, arXiv 2405.15586) for an adapter of rank r:
 exact below r distinct tokens, blind above. The other two are statistical: they project a dictionary of d-dimensional
 directions on r ≪ d measured ones, and a token's share sinks only as √r·d/k. The server knows the frozen model, so it
 has every token's input x_v to the experts of both layers, exact when nothing is mixed by attention (rows of one token)
-and otherwise the token's without context; and A₀, a public function of names in the envelope.
+and otherwise the token's without context. A₀ it does not know: it follows from a secret of the device, and the best
+guess is its mean, zero. With `start_known` the attack is what it was when A₀ followed from names in the envelope.
 
 A token counts as found when its score exceeds the 99th percentile of tokens that the device never had (half of the
 vocabulary), and what is reported is the share found beyond that chance of one per cent. Training, release and decoding
@@ -180,9 +181,10 @@ def shapes_of(delta: Delta) -> dict[str, tuple[int, int, int]]:
     }  # fmt: skip
 
 
-def send(delta: Delta, distinct: Counts, *, floor_per_rank: int) -> Delta:
-    """Send an update as the sidecar does, with this floor (0: none), and read it as the server does."""
-    policy = make_policy().model_copy(update={"min_tokens_per_rank": floor_per_rank})  # no policy may say 0
+def send(delta: Delta, distinct: Counts, *, floor_per_rank: int, floor_per_width: int | None = None) -> Delta:
+    """Send an update as the sidecar does, with these floors (0: none), and read it as the server does."""
+    floors = {"min_tokens_per_rank": floor_per_rank, "min_tokens_per_width": floor_per_width}
+    policy = make_policy().model_copy(update=floors)  # no policy may say 0
     return _received(delta, distinct, policy, 0)
 
 
@@ -218,8 +220,13 @@ def _received(delta: Delta, distinct: Counts, policy: Policy, sequence: int) -> 
     return decode(made.payload, **read, shapes=shapes_of(delta))
 
 
-def attack(trained: Trained, sent: Delta) -> Iterator[Found]:
+def attack(trained: Trained, sent: Delta, *, start_known: bool = False) -> Iterator[Found]:
     """Run every attack on what was sent; experts that were sent as zeros tell nothing.
+
+    Args:
+        trained: the device, to know the truth.
+        sent: what the server holds.
+        start_known: give the server A₀.
 
     Yields:
         One result per attack and expert (`rows`, `starts`) or layer (`labels`: all its experts' evidence together).
@@ -236,7 +243,7 @@ def attack(trained: Trained, sent: Delta) -> Iterator[Found]:
             images = _unit(inputs @ up.lora_a[expert].T)
             yield _found("rows", layer, n_distinct, _share_in_span(up.lora_b[expert], images), used)
             if sent.spec.mode == "lora":
-                moved = up.lora_a[expert] - start.lora_a[expert]
+                moved = up.lora_a[expert] - (start.lora_a[expert] if start_known else 0)
                 yield _found("starts", layer, n_distinct, _share_in_span(moved, inputs), used)
             evidence += _label_evidence(down.lora_b[expert])
             counts.append(n_distinct)
@@ -284,6 +291,7 @@ def table(rank: int = 8) -> Iterator[str]:
             trained = train(Device(distinct=distinct, rank=rank, seq_len=seq_len))
             sent = send(trained.delta, trained.distinct, floor_per_rank=0)
             yield _line(f"k ~ {distinct}/device", attack(trained, sent))
+            yield _line("  with A0 known", attack(trained, sent, start_known=True))
     yield f"rank {rank}, rows of 1 token, AdamW, fixed_a, clip 1, noise multiplier z, no floor"
     for noise_multiplier in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
         for distinct in (16, 80, 320):

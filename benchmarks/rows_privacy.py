@@ -2,8 +2,8 @@
 
 The dictionary attack's value is the worst over attacks, ranks 4, 8 and 16, both layers, every number of distinct
 tokens, and three ways of training: one SGD step and ten AdamW steps on rows of one token, where no attention blurs what
-the server knows, and AdamW on rows of sixteen. Each point is a mean over devices and experts; the floor is 4·r distinct
-tokens per expert.
+the server knows, and AdamW on rows of sixteen. Each point is a mean over devices and experts. The narrow floor is 4·r
+distinct tokens per expert, the policy's default; the wide one 8·d, d the hidden size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,27 +29,31 @@ RANKS = (4, 8, 16)
 # Distinct tokens of a device → how many devices are tried; an expert sees half of the tokens, so at 10·r the experts
 # are just above the floor.
 DISTINCT = {1: 1, 4: 1, 16: 6, 40: 4, 80: 2, 160: 1, 320: 1, 1024: 1}
+MANY = (1, 40, 1024, 4096, 4600)  # an expert sees half: at 4096 some are just above the wide floor, at 4600 all
+NARROW, WIDE = {"floor_per_rank": 4}, {"floor_per_rank": 4, "floor_per_width": 8}
 NOISE_MULTIPLIER, DELTA = 1.0, 1e-5  # ε of one release: 10.0 (replace), 4.4 (zero_out)
 CANARY_SEEDS, CANARY_CLIP = 16, 20.0
 GAIN_CLIP = 10.0  # above the norm of an update of that world, 8
 LEAST_TOKENS = 100  # of a point, where a bound is at stake: below, chance would be read as success
 
 
-def devices(mode: str) -> Iterator[Device]:
+def devices(mode: str, distincts: Mapping[int, int] = DISTINCT) -> Iterator[Device]:
     """Every device that the attack is tried on."""
     for rank in RANKS:
-        for distinct, n_devices in DISTINCT.items():
+        for distinct, n_devices in distincts.items():
             for seq_len, sgd in ((1, True), (1, False), (16, False)):
                 for seed in range(n_devices):
                     yield Device(distinct=distinct, rank=rank, seq_len=seq_len, sgd=sgd, mode=mode, seed=seed)
 
 
 @functools.cache
-def attacked(device: Device, floor_per_rank: int) -> tuple[Found, ...]:
-    """Run the attacks on one device's update as it leaves under a floor."""
+def attacked(
+    device: Device, floor_per_rank: int = 0, floor_per_width: int | None = None, start_known: bool = False
+) -> tuple[Found, ...]:
+    """Run the attacks on one device's update as it leaves under floors."""
     trained = train(device)
-    sent = send(trained.delta, trained.distinct, floor_per_rank=floor_per_rank)
-    return tuple(attack(trained, sent))
+    sent = send(trained.delta, trained.distinct, floor_per_rank=floor_per_rank, floor_per_width=floor_per_width)
+    return tuple(attack(trained, sent, start_known=start_known))
 
 
 def attacked_noised(device: Device) -> Iterator[Found]:
@@ -86,21 +90,49 @@ def worst(points: Iterable[tuple[Device, Iterable[Found]]], *, only: str = "", l
 def tokens_recovered_floor_off() -> float:
     """Training tokens that the server recovers from one update without the floor (the danger), worst case."""
     with one_thread():
-        return worst((device, attacked(device, 0)) for device in devices("lora"))
+        return worst((device, attacked(device)) for device in devices("lora"))
 
 
 @figure("privacy.tokens_recovered_floor_on", unit="%", bound="<= 5", cls="full")
 def tokens_recovered_floor_on() -> float:
-    """The same with the floor of 4·r distinct tokens per expert, worst case over all attacks."""
+    """The same with the policy's wide floor on, 8 hidden sizes per expert: all attacks, at any number of tokens."""
     with one_thread():
-        return worst(((device, attacked(device, 4)) for device in devices("lora")), least_tokens=LEAST_TOKENS)
+        sent = [(device, attacked(device, **WIDE)) for device in devices("lora", dict.fromkeys(MANY, 1))]
+        leaks = [device for device, found in sent if found and device.distinct <= 8 * D_MODEL]
+        if leaks:
+            raise RuntimeError(f"a device with fewer tokens than the floor sent something: {leaks[0]}")
+        return worst(sent, least_tokens=LEAST_TOKENS)
+
+
+@figure("privacy.tokens_recovered_narrow_floor", unit="%", cls="full")
+def tokens_recovered_narrow_floor() -> float:
+    """The same with the default floor of 4·r alone (a danger, too): the best attack, which reads labels."""
+    with one_thread():
+        return worst(((device, attacked(device, **NARROW)) for device in devices("lora")), least_tokens=LEAST_TOKENS)
+
+
+@figure("privacy.tokens_recovered_from_a", unit="%", cls="full")
+def tokens_recovered_from_a() -> Reading:
+    """The same from A alone, whose start is a secret of the device; the upper end: had the server the start."""
+    with one_thread():
+        secret, known = (
+            worst(
+                ((device, attacked(device, **NARROW, start_known=known)) for device in devices("lora")),
+                only="starts",
+                least_tokens=LEAST_TOKENS,
+            )
+            for known in (False, True)
+        )
+    if secret >= known:
+        raise RuntimeError(f"a secret start hides nothing: {secret:.0f} % without it, {known:.0f} % with it")
+    return Reading(value=secret, low=secret, high=known)
 
 
 @figure("privacy.tokens_recovered_exact_floor_on", unit="%", bound="<= 5", cls="full")
 def tokens_recovered_exact_floor_on() -> float:
-    """The same by the row space of B alone, the attack that the floor was made against."""
+    """The same by the row space of B alone, the attack that the floor of 4·r was made against."""
     with one_thread():
-        sent = ((device, attacked(device, 4)) for device in devices("lora"))
+        sent = ((device, attacked(device, **NARROW)) for device in devices("lora"))
         return worst(sent, only="rows", least_tokens=LEAST_TOKENS)
 
 
@@ -118,7 +150,7 @@ def floor_needed() -> float:
     with one_thread():
         for distinct in (8192, 4096, 2048, 1024, 512):
             device = Device(distinct=distinct, rank=16)
-            share = worst([(device, attacked(device, 0))])
+            share = worst([(device, attacked(device))])
             if share > 5:
                 if distinct == 8192:
                     raise RuntimeError(f"{share:.0f} % recovered at {distinct} distinct tokens: no floor in range")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 from benchmarks.device_world import ProcessFederation
 from benchmarks.registry import figure
 from fednested_lib.config import load_tier2
+from fednested_lib.supervisor import MEMORY
 from fednested_lib.trainer_loop import TrainerLoop
 from services.embedded import EmbeddedBroker
 
 PATIENCE_S = 120.0
+ROOT = Path(__file__).parents[1]
 
 
 @figure("sidecar.memory", unit="MB", bound="<= 60", cls="full")
@@ -26,8 +29,11 @@ def sidecar_memory() -> float:
         place.mkdir()
         world = ProcessFederation(place, broker.bootstrap, n_devices=1, training={"updates_per_base": 1000})
         (path,) = world.devices
-        command = [sys.executable, "-m", "fednested_lib.cli", "tier2", "sidecar", "--config", str(path)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Without site: the checkout's editable install is 2 MB of import machinery that no device has.
+        command = [sys.executable, "-S", "-m", "fednested_lib.cli", "tier2", "sidecar", "--config", str(path)]
+        packages = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
+        environment = os.environ | MEMORY["sidecar"] | {"PYTHONPATH": packages}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         try:
             return _after_updates(process, path, n=3)
         finally:
@@ -46,7 +52,8 @@ def _after_updates(process: subprocess.Popen, path: Path, n: int) -> float:
         if not trainer.turn():
             time.sleep(0.05)
     mapped = Path(f"/proc/{process.pid}/maps").read_text()
-    if "torch" in mapped:
-        raise RuntimeError("the sidecar has loaded torch")
+    for library in ("torch", "numpy"):
+        if library in mapped:
+            raise RuntimeError(f"the sidecar has loaded {library}")
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

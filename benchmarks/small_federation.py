@@ -27,7 +27,8 @@ from tier1.federation import Federation, open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.broadcast import publish_champion
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
-from tier1.loops.evaluate_and_promote import decide, losses_of, settle_candidate
+from tier1.loops.evaluate_and_promote import decide, settle_candidate
+from tier1.loops.gate_candidate import losses_of
 from tier1.loops.records import CandidateRef
 from tier1.workspace import create_workspace
 

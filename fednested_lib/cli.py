@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import entry_points
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import typer
@@ -216,6 +217,8 @@ def bootstrap_topics(
 
 
 def _checkout_app(name: str) -> typer.Typer:
+    from importlib.metadata import entry_points
+
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name == name:
             return entry.load()
@@ -224,6 +227,10 @@ def _checkout_app(name: str) -> typer.Typer:
 
 def _add_checkout_groups(arguments: list[str]) -> None:
     """Add the groups of a checkout; only the one that is called is imported, so that a device starts fast."""
+    if arguments[:1] == ["tier2"]:  # nor does a device look through what is installed on it
+        return
+    from importlib.metadata import entry_points
+
     registered = {entry.name for entry in entry_points(group=ENTRY_POINTS)}
     for name in sorted(registered | set(CHECKOUT_GROUPS)):
         if name in registered and name in arguments:
@@ -243,12 +250,36 @@ def _add_remedy(name: str) -> None:
         raise ConfigError(f"`fednested {name}` {CHECKOUT_REMEDY}")
 
 
+def _load_when_used(name: str) -> None:
+    """Let a module stand for itself until something of it is asked for.
+
+    structlog and confluent-kafka load asyncio, 3 MB, for asynchronous faces that nothing here uses. importlib's
+    LazyLoader does not help: the import statement itself touches the module, which loads it.
+    """
+    if name in sys.modules:
+        return
+    stand_in = ModuleType(name)
+
+    def load(attribute: str) -> object:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+        return getattr(import_module(name), attribute)
+
+    stand_in.__getattr__ = load
+    sys.modules[name] = stand_in
+
+
 def _configure_logging() -> None:
     import logging
 
+    terminal = sys.stderr.isatty()
+    if not terminal:  # a service: for its colours structlog would load rich, 6 MB
+        sys.modules["rich"] = None
+        _load_when_used("asyncio")
     import structlog
 
-    terminal = sys.stderr.isatty()
+    if not terminal:
+        del sys.modules["rich"]
     renderer = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[

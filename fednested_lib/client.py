@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 from fednested_lib.config import Tier2Config
+from fednested_lib.intake import Intake
 from fednested_lib.log import UpdateLog
 from fednested_lib.outbox import Outbox
 from fednested_lib.sidecar_loop import ClientReport, SidecarLoop
@@ -35,7 +36,7 @@ class Client:
             transport = open_transport(config, log=transport)
         self.config, self.outbox, self.stopped = config, outbox, stopped
         self.trainer = TrainerLoop(config, stopped)
-        self.sidecar = SidecarLoop(config, transport, outbox, stopped)
+        self.sidecar = SidecarLoop(config, transport, outbox, Intake.open(config, outbox), stopped)
 
     def run(self) -> ClientReport:
         """Work until the federation ends, `max_updates` is reached or the process is told to stop."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fednested_lib.delta import Encoding, Mode
+from fednested_lib.adapter_spec import Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
@@ -51,7 +51,7 @@ class GatewayConfig(Section):
 
 
 class ModelConfig(Section):
-    """How the frozen experts are held in memory: `fp32`, `int8` (a quarter of it) or `int4` (a seventh)."""
+    """How the frozen experts are held: `fp32`, `bf16` (half its memory), `int8` (a quarter) or `int4` (a seventh)."""
 
     frozen: Frozen = "fp32"
 
@@ -81,12 +81,15 @@ class AdaptersConfig(Section):
     alpha: float = Field(default=16.0, gt=0, le=1e6)
     experts: list[Annotated[int, Field(ge=0)]] | Literal["auto"] | None = None
     budget: BudgetConfig | None = None
+    period_days: int | None = Field(default=None, ge=1, le=3650)
     router_bias: bool = False
 
     @model_validator(mode="after")
     def _budgeted(self) -> AdaptersConfig:
         if (self.experts == "auto") != (self.budget is not None):
             raise ValueError("experts: auto needs a budget, and nothing else has one")
+        if self.period_days is not None and self.experts != "auto":
+            raise ValueError("period_days is of experts: auto, which alone are chosen")
         return self
 
 

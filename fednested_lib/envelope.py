@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from fednested_lib.delta import MAX_RANK, AdapterSpec, Encoding, Mode
+from fednested_lib.adapter_spec import MAX_RANK, AdapterSpec, Encoding, Mode
 from fednested_lib.errors import EnvelopeError
 from fednested_lib.signing import HEX64, Signer, canonical_json, sha256_hex, verify
 

@@ -36,6 +36,10 @@ class FednestedError(Exception):
 
     exit_code = 1
 
+    def to_document(self) -> dict:
+        """Return what `error_of` makes this error of again, in another process."""
+        return {"type": type(self).__name__, "message": str(self), "fields": vars(self)}
+
 
 class ConfigError(FednestedError):
     """The configuration is wrong."""
@@ -185,3 +189,12 @@ class ProcessEnded(FednestedError):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def error_of(document: dict) -> FednestedError:
+    """Return the error that another process wrote down with `to_document`."""
+    kind = globals()[document["type"]]
+    error = kind.__new__(kind)
+    error.args = (document["message"],)
+    vars(error).update(document["fields"])
+    return error

@@ -23,7 +23,7 @@ MAX_LAYERS, MAX_EXPERTS = 1024, 16_384  # of one telemetry event; the experts of
 TASK_KINDS = ("aggregate", "core_update")  # that a trigger routes unless it is told otherwise
 LOOPS = (
     *("core_update", "aggregate_experts", "evaluate_and_promote", "broadcast", "nested_round", "sensed_round"),
-    *("data_engine", "evaluate_suites"),
+    *("data_engine", "evaluate_suites", "aggregate_experts_sharded", "data_engine_regions"),
 )
 OURS = tuple(k for k, v in vars(errors).items() if isinstance(v, type) and issubclass(v, FednestedError))
 ERRORS = (*OURS, "Timeout", "Other")  # classes of our tree; nobody answered a gate in time; anything else
@@ -49,6 +49,15 @@ class ModelAvailable(_Event):
     base_digest: Digest
     chain_seq: int = Field(ge=0)
     chain_head: Digest
+
+
+class OnnxAvailable(_Event):
+    """A champion may be fetched as an ONNX graph: `record` is the digest of the blob that names its files."""
+
+    event: Literal["onnx_available"] = "onnx_available"
+    version: int = Field(ge=0)
+    snapshot: Digest
+    record: Digest
 
 
 class FederationEnd(_Event):
@@ -151,6 +160,7 @@ class WorkflowFailed(_Event):
 
 Event = Annotated[
     ModelAvailable
+    | OnnxAvailable
     | FederationEnd
     | UpdatesSettled
     | ResendUnsettled

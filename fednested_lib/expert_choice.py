@@ -4,12 +4,12 @@
                expert and layer
     choose     the experts with most routed tokens among those that saw as many distinct tokens as may leave (the
                sidecar's floor): n per layer, or as many in all as the fp32 factors of which fit a number of megabytes
-    keep       the choice is a file of the device's home and stays, whatever base versions come, until a person ends the
-               period: a choice made anew for every update would tell what the text of that update was about
+    keep       the choice is a file of the device's home and stays, whatever base versions come, until a person or
+               `period_days` ends the period: a choice made anew for every update would tell what that text was about
 
 What a device sends names its experts, so a choice tells tier 1 once, for the whole period, which experts the text is
 routed to, and nothing more until it is over. The sidecar holds the trainer to it (one set of experts per version of the
-policy). The file holds numbers alone.
+policy, or per `experts_period_days` of it). The file holds numbers alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SAMPLE_TOKENS = 16_384  # of a profile: enough to rank experts, a few seconds on a small device
+DAY_S = 86_400
 DISTINCT_PER_RANK = 4  # below this × rank an expert is withheld by every policy that keeps to the default
 _REMEDY = "run `fednested tier2 forget-experts --config …` to choose anew"
 _Counts = dict[Layer, list[int]]
@@ -51,6 +52,7 @@ class Choice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    chosen_s: int = Field(default=0, ge=0)  # seconds since the epoch
     base_version: int = Field(ge=0)
     sample_tokens: int = Field(ge=1)
     rank: int = Field(ge=1)
@@ -199,6 +201,8 @@ def kept_choice(
     min_distinct: int,
     shapes: Mapping[str, tuple[int, int, int]],
     base_version: int,
+    now: float,
+    period_days: int | None = None,
 ) -> Choice:
     """Return the choice of the running period; the first call of a period makes it and writes it down.
 
@@ -211,6 +215,8 @@ def kept_choice(
         min_distinct: likewise.
         shapes: likewise.
         base_version: of the snapshot.
+        now: seconds since the epoch.
+        period_days: how long a choice stays; None: until its file is removed.
 
     Raises:
         ConfigError: the choice was made for another budget, rank or model.
@@ -223,12 +229,14 @@ def kept_choice(
         choice = None
     except (OSError, ValidationError) as error:
         raise StorageError(f"choice of experts {path} is unusable ({type(error).__name__}): {_REMEDY}") from None
-    if choice is not None:
+    over = choice is not None and period_days is not None and now >= choice.chosen_s + period_days * DAY_S
+    if choice is not None and not over:
         _check(choice, path, budget, rank, shapes)
         return choice
     routing, sample_tokens = profile(model, rows)
     experts = choose(routing, budget, rank=rank, min_distinct=min_distinct, shapes=shapes)
     choice = Choice(
+        chosen_s=int(now),
         base_version=base_version,
         sample_tokens=sample_tokens,
         rank=rank,

@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fednested_lib.adapter_spec import MAX_RANK, AdapterSpec, Encoding
 from fednested_lib.blobs import write_durable
-from fednested_lib.delta import MAX_RANK, AdapterSpec, Delta, Encoding, ExpertFactors, decode, encode, squared_norm
+from fednested_lib.delta import Delta, ExpertFactors, decode, encode, squared_norm
 from fednested_lib.envelope import AdapterFields, Digest, Layer
 from fednested_lib.errors import ContractError, StorageError
 from fednested_lib.partition import expert_param

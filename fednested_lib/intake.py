@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterable
 
 from fednested_lib.blobs import BlobStore
+from fednested_lib.config import Tier2Config
 from fednested_lib.events import TrainingTelemetry
-from fednested_lib.failpoints import failpoint
 from fednested_lib.orders import Model
-from fednested_lib.sidecar import Sidecar
+from fednested_lib.sidecar import Queue, Sidecar, open_sidecar
 from fednested_lib.snapshot import SnapshotManifest
 from fednested_lib.spool import Spool
 
@@ -28,6 +28,18 @@ class Intake:
 
     def __init__(self, sidecar: Sidecar, spool: Spool, blobs: BlobStore):
         self.sidecar, self.spool, self.blobs = sidecar, spool, blobs
+
+    @classmethod
+    def open(cls, config: Tier2Config, outbox: Queue) -> Intake:
+        """Open the intake of a device, or refuse to.
+
+        Raises:
+            ConfigError: the policy is missing, unsigned, altered, older than one obeyed before, or does not fit.
+            AuditError: the audit log was altered.
+            StorageError: the file system refuses.
+        """
+        sidecar = open_sidecar(config, outbox, now=time.time())
+        return cls(sidecar, Spool(config.home / "spool"), BlobStore(config.home / "blobs"))
 
     def take(self, sequence: int, models: Iterable[Model]) -> TrainingTelemetry | None:
         """Put one update into the outbox; doing it again changes nothing.
@@ -52,5 +64,4 @@ class Intake:
             return None if snapshot is None else SnapshotManifest.from_json(self.blobs.get(snapshot))
 
         _, told = self.sidecar.release(self.spool, sequence, held=manifest, now=time.time())
-        failpoint("sidecar.after_release")
         return told

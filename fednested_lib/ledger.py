@@ -26,7 +26,9 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS policy(
   one INTEGER PRIMARY KEY CHECK(one = 1), version INTEGER NOT NULL, digest TEXT NOT NULL
 );
-CREATE TABLE IF NOT EXISTS experts(policy_version INTEGER PRIMARY KEY, digest TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS expert_sets(
+  policy_version INTEGER PRIMARY KEY, digest TEXT NOT NULL, since_s REAL NOT NULL
+);
 CREATE TABLE IF NOT EXISTS releases(
   sequence INTEGER NOT NULL,
   payload_sha256 TEXT NOT NULL,
@@ -91,20 +93,37 @@ class Ledger:
         self._execute("INSERT OR REPLACE INTO policy VALUES (1, ?, ?)", (policy.version, policy.digest))
         return True
 
-    def fix_experts(self, policy_version: int, digest: str) -> None:
-        """Hold the set of adapted experts to what the first update under a policy had: a change would tell routing.
+    def fix_experts(self, policy: Policy, digest: str, *, now: float) -> None:
+        """Hold the set of adapted experts to that of a policy's first update: every change would tell routing.
+
+        With `experts_period_days` it may change once in so many days.
 
         Raises:
-            PolicyRefused: reason ``experts_changed``.
+            PolicyRefused: reason ``experts_changed``: it may not change under this policy.
+            PolicyWait: the same reason: not yet.
         """
-        self._execute("INSERT OR IGNORE INTO experts VALUES (?, ?)", (policy_version, digest))
-        (fixed,) = self._execute("SELECT digest FROM experts WHERE policy_version = ?", (policy_version,)).fetchone()
-        if fixed != digest:
+        version, days = policy.version, policy.experts_period_days
+        self._execute("UPDATE expert_sets SET since_s = ? WHERE since_s > ?", (now, now))
+        self._execute("INSERT OR IGNORE INTO expert_sets VALUES (?, ?, ?)", (version, digest, now))
+        held = "SELECT digest, since_s FROM expert_sets WHERE policy_version = ?"
+        fixed, since_s = self._execute(held, (version,)).fetchone()
+        if fixed == digest:
+            return
+        if days is None:
             raise PolicyRefused(
                 "experts_changed",
-                f"the adapted experts differ from those of the first update under policy {policy_version}: which "
+                f"the adapted experts differ from those of the first update under policy {version}: which "
                 "experts change with the data must not be seen; sign a policy with a higher version to change them",
             )
+        until = since_s + days * DAY_S
+        if now < until:
+            raise PolicyWait(
+                "experts_changed",
+                f"other experts wait {until - now:.0f} s, experts_period_days = {days} of policy {version}: "
+                "set adapters.period_days to no less",
+                not_before_s=until,
+            )
+        self._execute("INSERT OR REPLACE INTO expert_sets VALUES (?, ?, ?)", (version, digest, now))
 
     def charge(self, charge: Charge, policy: Policy, *, now: float) -> float:
         """Book a release, unless a budget is spent; the same one again is booked already.

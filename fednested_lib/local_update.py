@@ -1,19 +1,20 @@
 """One local update, on the side of the device that sees data and needs no network.
 
 A `Job` is its complete input. Rows are a window of the device's own packed text, adapters start afresh from B = 0, the
-seed is H(client, key epoch, sequence), that of a fixed A the base's: the same job on the same text gives the same
-factors to the bit. The result goes to the spool, the numbers (never text) to `trainer/reports/<sequence>.json` in the
-device's home.
+seed is HMAC(secret of the device, client, key epoch, sequence), that of a fixed A the base's: the same job on the same
+text gives the same factors to the bit, and nobody else can compute the A that they started from (A − A₀ would tell the
+tokens, docs/privacy.md). The result goes to the spool, the numbers (never text) to `trainer/reports/<sequence>.json` in
+the device's home.
 """
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import structlog
@@ -49,6 +50,7 @@ class Job(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     sequence: Sequence
+    seed: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     model: Model
     first_row: int = Field(ge=0)
     n_rows: int = Field(ge=1)
@@ -73,10 +75,10 @@ class LocalReport:
     seconds: float
 
 
-def job_seed(config: Tier2Config, sequence: int) -> int:
-    """Return the 128-bit seed of one update's initial A and order of rows."""
+def job_seed(config: Tier2Config, secret: str, sequence: int) -> str:
+    """Return the seed (32 hex digits) of one update's initial A and order of rows; `secret` is that of the orders."""
     text = f"fednested.update/{config.training.seed}/{config.client_id}/{config.key_epoch}/{sequence}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+    return hmac.digest(bytes.fromhex(secret), text.encode(), "sha256")[:16].hex()
 
 
 def window(rows: np.ndarray, first_row: int, n_rows: int) -> np.ndarray:
@@ -119,7 +121,7 @@ class LocalTrainer:
         from fednested_lib.training import train_adapters
 
         started = time.monotonic()
-        how, seed = self.config.training, job_seed(self.config, job.sequence)
+        how, seed = self.config.training, int(job.seed, 16)
         self._load(job.model)
         self._adapters.reset(seed)
         bias = self._adapters.router_bias
@@ -178,8 +180,7 @@ class LocalTrainer:
         config = self.config
         how = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "adapters", "training")}
         chosen = {str(layer): list(ids) for layer, ids in self._adapters.expert_ids.items()}
-        seed = f"{job_seed(config, job.sequence):032x}"
-        document = [job.model_dump(mode="json"), how, chosen, seed, sha256_hex(rows.tobytes())]
+        document = [job.model_dump(mode="json"), how, chosen, sha256_hex(rows.tobytes())]
         return sha256_hex(canonical_json(document))
 
     def _keep(self, job: Job, report: LocalReport) -> None:
@@ -269,6 +270,8 @@ class LocalTrainer:
                 min_distinct=DISTINCT_PER_RANK * how.rank,
                 shapes=shapes,
                 base_version=manifest.version,
+                now=time.time(),
+                period_days=how.period_days,
             ).layers()
         layers = sorted({expert_param(name)[0] for name in shapes})
         return None if how.experts is None else dict.fromkeys(layers, tuple(sorted(set(how.experts))))

@@ -24,7 +24,7 @@ from fednested_lib.snapshot import Frozen, SnapshotManifest, expert_shapes
 
 _FP32 = 4
 # Bytes per weight; a scale per 64 inputs of int4 at the least, per row of 64 or more of int8.
-_HELD = {"fp32": 4.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 64}
+_HELD = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 64}
 _MB = 1_000_000
 
 

@@ -71,6 +71,7 @@ class Orders(_Note):
         end: the federation is over; `completed` lets the update that was begun be finished.
         refused: the update that was refused last.
         repairs: how often blobs were verified and fetched anew because the trainer found them damaged.
+        start_secret: what the starts of updates are derived from; of this device's key, and nobody else can compute it.
     """
 
     format: Literal["fednested.orders/1"] = "fednested.orders/1"
@@ -81,6 +82,7 @@ class Orders(_Note):
     end: Literal["completed", "cancelled"] | None = None
     refused: Refusal | None = None
     repairs: int = Field(default=0, ge=0)
+    start_secret: Digest | None = None
 
 
 class Status(_Note):

@@ -1,6 +1,6 @@
 """What a site lets leave its devices: one signed YAML file that neither the trainer nor the data centre can loosen.
 
-    <name>.yaml       the rules; every key is required (but the floor), every choice is from a closed list, nothing is
+    <name>.yaml       the rules; every key is required (but the floors), every choice is from a closed list, nothing is
                       allowed that it does not list
     <name>.yaml.sig   Ed25519 over "fednested.policy/1", a line feed and the bytes of the file, by the site's key
 
@@ -19,9 +19,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fednested_lib.adapter_spec import MAX_RANK, AdapterSpec, Encoding, Mode
 from fednested_lib.blobs import write_durable
 from fednested_lib.config import PolicyConfig, parse_document
-from fednested_lib.delta import MAX_RANK, AdapterSpec, Encoding, Mode
 from fednested_lib.envelope import MAX_PAYLOAD_BYTES, FederationName
 from fednested_lib.errors import ConfigError, PolicyRefused
 from fednested_lib.signing import Signer, canonical_json, sha256_hex, verify
@@ -68,7 +68,9 @@ class Policy(_Strict):
     encodings: Annotated[list[Encoding], Field(min_length=1)]
     adapters: Annotated[list[AllowedAdapter], Field(min_length=1, max_length=256)]
     experts: Literal["all"] | dict[Annotated[int, Field(ge=0, le=9999)], list[Expert]]
+    experts_period_days: int | None = Field(default=None, ge=1, le=3650)
     min_tokens_per_rank: int = Field(default=4, ge=1, le=1000)
+    min_tokens_per_width: int | None = Field(default=None, ge=1, le=1000)
     max_norm: float = Field(gt=0, le=1e12)
     bytes_per_update: int = Field(ge=1, le=MAX_PAYLOAD_BYTES)
     bytes_per_day: int = Field(ge=1, le=1 << 50)
@@ -90,11 +92,11 @@ class Policy(_Strict):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the rules; comments and order of keys do not count."""
-        return sha256_hex(canonical_json(self.model_dump(mode="json")))
+        return sha256_hex(canonical_json(self.model_dump(mode="json", exclude_none=True)))
 
-    def floor(self, rank: int) -> int:
-        """Return the fewest distinct tokens with which an expert's factors may leave."""
-        return self.min_tokens_per_rank * rank
+    def floor(self, rank: int, width: int) -> int:
+        """Return the fewest distinct tokens with which an expert's factors may leave; `width` is the hidden size."""
+        return max(self.min_tokens_per_rank * rank, (self.min_tokens_per_width or 0) * width)
 
     def check_adapter(self, spec: AdapterSpec) -> None:
         """Refuse a mode, rank and α that are not on the list.
@@ -230,6 +232,7 @@ adapters:                     # nothing else may be sent
   - {{mode: lora, rank: 8, alpha: 16.0}}
 experts: all                  # or layer: [ids], e.g. {{0: [0, 3], 1: [2]}}
 min_tokens_per_rank: 4        # an expert that saw fewer than this × rank distinct tokens leaves as zeros
+# min_tokens_per_width: 8     # the same × the model's hidden size, which stops every attack that we know
 max_norm: 50.0                # an update is clipped to it
 bytes_per_update: 268435456
 bytes_per_day: 1073741824     # of any 24 hours; what is over it waits

@@ -32,7 +32,9 @@ def run_sidecar(config: Tier2Config) -> ClientReport:
         TransportError: the broker does not answer at the first start.
         SnapshotError: the published snapshot is broken.
         StorageError: the disk is full, or another sidecar runs here.
+        ProcessEnded: the process that makes an update anew was killed.
     """
+    from fednested_lib.intake_process import IntakeProcess
     from fednested_lib.outbox import Outbox
     from fednested_lib.sidecar_loop import SidecarLoop
     from fednested_lib.transport import open_transport
@@ -40,8 +42,9 @@ def run_sidecar(config: Tier2Config) -> ClientReport:
     with ExitStack() as stack:
         stopped = stack.enter_context(sigterm())
         outbox = stack.enter_context(Outbox(config.home / "outbox", max_bytes=config.outgoing.outbox_bytes))
+        intake = IntakeProcess(config, outbox)
         transport = stack.enter_context(closing(open_transport(config)))
-        return SidecarLoop(config, transport, outbox, stopped).run()
+        return SidecarLoop(config, transport, outbox, intake, stopped).run()
 
 
 def run_trainer(config: Tier2Config) -> None:

@@ -3,8 +3,8 @@
 It never passes on what the trainer wrote; it makes it anew, in this order:
 
     check      base, adapter, seed of A, experts: what the trainer declares was ordered, and is on the policy's lists
-    withhold   experts that saw fewer than 4·r distinct tokens go out as zeros with tokens = 0   (their rows are
-               recoverable below r distinct tokens; absence itself would tell the routing)
+    withhold   experts that saw fewer distinct tokens than the floor, 4·r or more, go out as zeros with tokens = 0
+               (their rows are recoverable below r distinct tokens; absence itself would tell the routing)
     clip       ΔW ← ΔW · min(1, C/‖ΔW‖_F) over all experts, by the Gram identity, never dense
     truncate   to `outgoing.mean_rank`, if given; what this and rounding take may go into the next update of the base
     round      int8, unbiased, seeded by HMAC(device key, sequence, digest): a restarted device emits the same bytes,
@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import structlog
@@ -42,8 +43,7 @@ from fednested_lib.feedback import FEEDBACK_MAX_RANK, Residuals, joined, squeeze
 from fednested_lib.fixed_a import seed_of
 from fednested_lib.ledger import Charge, Ledger
 from fednested_lib.log import UPDATES
-from fednested_lib.outbox import Outbox
-from fednested_lib.partition import expert_param
+from fednested_lib.partition import PROJECTIONS, expert_param
 from fednested_lib.policy import Policy, load_policy
 from fednested_lib.privacy import constant_counts, gaussian, noised_telemetry
 from fednested_lib.signing import Signer, canonical_json, sha256_hex
@@ -119,6 +119,7 @@ class Outgoing:
     payload: bytes
     experts: int
     withheld: int
+    floor: int  # distinct tokens that an expert needed
     norm: float
     residual: Delta | None  # what rounding and truncation took, with error feedback
 
@@ -147,10 +148,11 @@ def make_update(
     norm(delta)  # before anything is withheld: a broken trainer must not pass because its NaN sits in a zeroed expert
     due = delta if carried is None else joined(delta, carried)
     label = canonical_json([client_id, key_epoch, declaration.sequence, declaration.factors_sha256])
+    floor = policy.floor(declaration.adapter.rank, _width(delta))
     if policy.dp == "off":
-        outgoing, counts, withheld = _bounded(declaration, due, policy)
+        outgoing, counts, withheld = _bounded(declaration, due, policy.max_norm, floor)
     else:
-        outgoing, counts, withheld = *_noised(declaration, delta, policy, signer.secret("noise"), label), 0
+        outgoing, counts, withheld = *_noised(declaration, delta, policy, floor, signer.secret("noise"), label), 0
     squeezed = squeeze(
         outgoing,
         max_rank=declaration.adapter.rank,
@@ -182,14 +184,21 @@ def make_update(
         payload=payload,
         experts=sum(map(len, declaration.expert_ids.values())),
         withheld=withheld,
+        floor=floor,
         norm=norm(outgoing),
         residual=squeezed.residual,
     )
 
 
-def _bounded(declaration: Declaration, delta: Delta, policy: Policy) -> tuple[Delta, dict, int]:
+def _width(delta: Delta) -> int:
+    """Return the model's hidden size: what an up-projection reads."""
+    return next(each.lora_a.shape[2] for name, each in delta.factors.items() if expert_param(name)[1] == PROJECTIONS[0])
+
+
+def _bounded(
+    declaration: Declaration, delta: Delta, max_norm: float, floor: int
+) -> tuple[Delta, dict[str, object], int]:
     """Withhold, clip and bucket; returns the delta, the envelope's counts and how many experts were withheld."""
-    floor = policy.floor(declaration.adapter.rank)
     kept = {int(layer): tuple(n >= floor for n in counts) for layer, counts in declaration.distinct_tokens.items()}
     tokens = {
         layer: [bucket(n) if keep else 0 for n, keep in zip(counts, kept[int(layer)], strict=True)]
@@ -197,11 +206,11 @@ def _bounded(declaration: Declaration, delta: Delta, policy: Policy) -> tuple[De
     }
     counts = {"tokens": tokens, "num_examples": bucket(declaration.num_examples)}
     withheld = sum(not keep for layer in kept.values() for keep in layer)
-    return clip(withhold(delta, kept), policy.max_norm), counts, withheld
+    return clip(withhold(delta, kept), max_norm), counts, withheld
 
 
 def _noised(
-    declaration: Declaration, delta: Delta, policy: Policy, secret: bytes, label: bytes
+    declaration: Declaration, delta: Delta, policy: Policy, floor: int, secret: bytes, label: bytes
 ) -> tuple[Delta, dict[str, object]]:
     """Clip and add noise; returns the delta and counts that are constants."""
     noised = gaussian(
@@ -211,8 +220,7 @@ def _noised(
         secret=secret,
         label=label.decode(),
     )
-    tokens = bucket(policy.floor(declaration.adapter.rank))
-    return noised, constant_counts(declaration.expert_ids, tokens_per_expert=tokens, num_examples=1)
+    return noised, constant_counts(declaration.expert_ids, tokens_per_expert=bucket(floor), num_examples=1)
 
 
 def check_declaration(
@@ -249,6 +257,13 @@ def check_declaration(
     return shapes
 
 
+class Queue(Protocol):
+    """Where finished updates go: the outbox, or what hands them to it."""
+
+    def put(self, *, sequence: int, update_id: str, topic: str, key: bytes, payload: bytes, envelope: bytes) -> None:
+        """Keep an update; putting the same one again does nothing."""
+
+
 class Sidecar:
     """The way out of one device: its policy, its budgets, its audit log and its outbox.
 
@@ -276,7 +291,7 @@ class Sidecar:
         signer: Signer,
         ledger: Ledger,
         audit: AuditLog,
-        outbox: Outbox,
+        outbox: Queue,
         residuals: Residuals,
     ):
         self.policy, self.ledger, self.audit, self.outbox = policy, ledger, audit, outbox
@@ -309,7 +324,7 @@ class Sidecar:
             delta = spool.delta(declaration, shapes)
             made = self._make(declaration, delta)
             self._check_made(made)
-            self.ledger.fix_experts(self.policy.version, sha256_hex(canonical_json(made.envelope.expert_ids)))
+            self.ledger.fix_experts(self.policy, sha256_hex(canonical_json(made.envelope.expert_ids)), now=now)
             spent = self._charge(made.envelope, now)
         failpoint("sidecar.after_charge")
         envelope = made.envelope
@@ -390,9 +405,8 @@ class Sidecar:
         if made.withheld == made.experts:
             raise PolicyRefused(
                 "too_few_tokens",
-                f"no expert of update {sequence} saw {self.policy.floor(made.envelope.adapter.rank)} distinct tokens "
-                f"(min_tokens_per_rank = {self.policy.min_tokens_per_rank} of policy {self.policy.version}): train on "
-                "more text",
+                f"no expert of update {sequence} saw {made.floor} distinct tokens (min_tokens_per_rank and "
+                f"min_tokens_per_width of policy {self.policy.version}): train on more text",
             )
         if len(made.payload) > self.policy.bytes_per_update:
             raise PolicyRefused(
@@ -432,7 +446,7 @@ class Sidecar:
             raise
 
 
-def open_sidecar(config: Tier2Config, outbox: Outbox, *, now: float) -> Sidecar:
+def open_sidecar(config: Tier2Config, outbox: Queue, *, now: float) -> Sidecar:
     """Open the way out of a device, or refuse to.
 
     Args:

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,7 +41,6 @@ from fednested_lib.held_models import (
     with_newest,
     without_unloadable,
 )
-from fednested_lib.intake import Intake
 from fednested_lib.orders import (
     KEPT,
     Model,
@@ -57,12 +56,15 @@ from fednested_lib.orders import (
 from fednested_lib.outbox import Outbox
 from fednested_lib.resend import Unnamed, queue_all
 from fednested_lib.sending import Sender
-from fednested_lib.sidecar import open_sidecar
 from fednested_lib.signing import Signer
 from fednested_lib.spool import Spool
 from fednested_lib.state import load_state, save_state
 from fednested_lib.stopping import LOOK_S, wait
 from fednested_lib.transport import Transport
+
+if TYPE_CHECKING:
+    from fednested_lib.intake import Intake
+    from fednested_lib.intake_process import IntakeProcess
 
 FAREWELL_S = 20.0
 LOOK_AGAIN_S = 3600.0  # at an update that the policy lets wait
@@ -108,16 +110,24 @@ class SidecarLoop:
         config: with absolute paths.
         transport: the way to tier 1.
         outbox: this device's own.
+        intake: takes what was spooled, here or in a process of its own.
         stopped: tells whether to end as soon as possible.
     """
 
-    def __init__(self, config: Tier2Config, transport: Transport, outbox: Outbox, stopped: Callable[[], bool]):
+    def __init__(
+        self,
+        config: Tier2Config,
+        transport: Transport,
+        outbox: Outbox,
+        intake: Intake | IntakeProcess,
+        stopped: Callable[[], bool],
+    ):
         self.config, self.transport, self.outbox, self.stopped = config, transport, outbox, stopped
         self.signer = Signer.load(config.key)
         self.blobs = BlobStore(config.home / "blobs")
         self.source = transport.source
         self.spool = Spool(config.home / "spool")
-        self.intake = Intake(open_sidecar(config, outbox, now=time.time()), self.spool, self.blobs)
+        self.intake = intake
         self.sender = Sender(config, transport, outbox, self.signer)
         self.topic = ControlTopic(transport.log, federation=config.federation, public_key=config.control.public_key)
         self.updates = 0
@@ -142,7 +152,8 @@ class SidecarLoop:
         except StorageError:
             old = None
         path.unlink(missing_ok=True)
-        return Orders(repairs=old.repairs, next_sequence=old.next_sequence) if old else Orders()
+        kept = {"repairs": old.repairs, "next_sequence": old.next_sequence} if old else {}
+        return Orders(start_secret=self.signer.secret("start").hex(), **kept)
 
     def run(self) -> ClientReport:
         """Work until the federation ends, `max_updates` is reached or the process is told to stop."""
@@ -356,6 +367,7 @@ class SidecarLoop:
 
     def _take(self, sequence: int) -> None:
         taken = self.intake.take(sequence, self.state.models)
+        failpoint("sidecar.after_release")
         if sequence > self.state.next_sequence:
             _log.warning("sidecar.gap", sequence=sequence, expected=self.state.next_sequence)
         self._save(next_sequence=sequence + 1)

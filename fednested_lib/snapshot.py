@@ -22,20 +22,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import PartitionError, SnapshotError
 from fednested_lib.partition import FAMILIES, check_family, expert_name, expert_param, group_of
 from fednested_lib.signing import HEX64, canonical_json, sha256_hex
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from fednested_lib.frozen import FrozenWeight
     from fednested_lib.transport import BlobSource
 
-Frozen = Literal["fp32", "int8", "int4"]  # how a device holds the experts in memory; snapshots are fp32
+Frozen = Literal["fp32", "bf16", "int8", "int4"]  # how a device holds the experts in memory; snapshots are fp32
 FORMAT = "fednested.snapshot/1"
 SLICE_TENSOR = "weight"  # the one tensor of an expert slice; nameless, so that equal slices are one blob
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -184,6 +183,7 @@ def expert_shapes(manifest: SnapshotManifest) -> dict[str, tuple[int, int, int]]
 
 def encode_blob(tensors: Mapping[str, np.ndarray]) -> bytes:
     """Return the safetensors bytes of named arrays; equal arrays give equal bytes."""
+    import numpy as np
     from safetensors.numpy import save
 
     return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
@@ -211,6 +211,8 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _head_is_embedding(state: Mapping[str, Tensor]) -> bool:
+    import numpy as np
+
     if _HEAD not in state or _EMBEDDING not in state:
         return False
     head, embedding = _array(state[_HEAD]), _array(state[_EMBEDDING])

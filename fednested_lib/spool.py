@@ -14,17 +14,19 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fednested_lib.blobs import write_durable
-from fednested_lib.delta import Delta, decode, encode
 from fednested_lib.envelope import AdapterFields, Count, Digest, Layer
 from fednested_lib.errors import PayloadError, StorageError
 from fednested_lib.orders import MAX_SEQUENCE, read_foreign
 from fednested_lib.partition import expert_param
 from fednested_lib.signing import canonical_json, sha256_hex
+
+if TYPE_CHECKING:
+    from fednested_lib.delta import Delta
 
 MAX_DECLARATION_BYTES = 8 << 20
 _MOST_ENTRIES = 1000  # of the directory that are looked at; an honest trainer has one update there at a time
@@ -106,6 +108,8 @@ class Spool:
             PayloadError: reason ``non_finite``; nothing is written.
             StorageError: the disk is full.
         """
+        from fednested_lib.delta import encode
+
         factors = encode(delta, encoding="fp32", seed=0)
         ids = {str(expert_param(name)[0]): list(each.expert_ids) for name, each in delta.factors.items()}
         declaration = Declaration(
@@ -185,6 +189,8 @@ class Spool:
         Raises:
             PayloadError: reason ``spool_file`` or ``wrong_digest``, and as `delta.decode`.
         """
+        from fednested_lib.delta import decode  # numpy, which who only looks what is here does not need
+
         spec, ids, path = declaration.adapter.spec(), declaration.layers(), self._factors(declaration.sequence)
         most = (len(ids.get(expert_param(name)[0], ())) * (d_out + d_in) for name, (_, d_out, d_in) in shapes.items())
         factors = self._read(path, 5 * spec.rank * sum(most) + (1 << 20))  # a little more than 4 bytes each, and names

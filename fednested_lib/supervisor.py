@@ -30,6 +30,8 @@ from fednested_lib.stopping import sigterm
 
 LAST_WORDS = "FEDNESTED_LAST_WORDS"  # the descriptor for a child's one line of error
 COMMAND = (sys.executable, "-m", "fednested_lib.cli", "tier2")
+# librdkafka has a dozen threads, each of which would get a heap of its own.
+MEMORY: Mapping[str, Mapping[str, str]] = {"sidecar": {"MALLOC_ARENA_MAX": "1"}, "trainer": {}}
 GRACE_S = 30.0
 _LOOK_S = 0.05
 
@@ -130,7 +132,7 @@ def launch(
             command,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
-            env={**(os.environ if environment is None else environment), LAST_WORDS: str(end)},
+            env={**(os.environ if environment is None else environment), **MEMORY[role], LAST_WORDS: str(end)},
             pass_fds=[end],
             preexec_fn=enter,
         )

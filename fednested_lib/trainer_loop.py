@@ -22,7 +22,7 @@ from fednested_lib.config import Tier2Config
 from fednested_lib.envelope import Digest
 from fednested_lib.errors import PayloadError, SnapshotError
 from fednested_lib.failpoints import failpoint
-from fednested_lib.local_update import Interrupted, Job, LocalTrainer
+from fednested_lib.local_update import Interrupted, Job, LocalTrainer, job_seed
 from fednested_lib.orders import Orders, Refusal, Sequence, Status, orders_path, read_note, status_path, write_note
 from fednested_lib.schedule import Gatekeeper
 from fednested_lib.spool import Spool
@@ -157,6 +157,7 @@ class TrainerLoop:
         if (
             state.job is not None
             or orders.model is None
+            or orders.start_secret is None  # orders of an older version: the sidecar writes new ones when it starts
             or orders.end is not None
             or orders.pause is not None
             or (how.max_updates is not None and self._next_sequence() >= how.max_updates)
@@ -170,8 +171,10 @@ class TrainerLoop:
     def start(self) -> None:
         """Choose and write down what the next update is made from."""
         how = self.config.training
+        sequence = self._next_sequence()
         job = Job(
-            sequence=self._next_sequence(),
+            sequence=sequence,
+            seed=job_seed(self.config, self.orders.start_secret, sequence),
             model=self.orders.model,
             first_row=self.state.next_row,
             n_rows=how.steps * how.batch_size,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fednested_lib.errors import TransportError
 
 if TYPE_CHECKING:
+    from flytekit.models.launch_plan import LaunchPlan
     from flytekit.remote import FlyteRemote
 
 CALL_TIMEOUT_S = 20.0
@@ -39,16 +40,26 @@ def registered_version(remote: FlyteRemote, plan: str) -> tuple[str, bool]:
     Raises:
         TransportError: no answer, or no login.
     """
+    found, active = registered_plan(remote, plan)
+    return (found.id.version if found else ""), active
+
+
+def registered_plan(remote: FlyteRemote, plan: str) -> tuple[LaunchPlan | None, bool]:
+    """Return a launch plan as it is registered, and whether it is active; the newest if none is.
+
+    Raises:
+        TransportError: no answer, or no login.
+    """
     from flytekit.exceptions.user import FlyteEntityNotExistException
     from flytekit.models.common import NamedEntityIdentifier
 
     name = NamedEntityIdentifier(remote.default_project, remote.default_domain, plan)
     with calls(f"Flyte did not tell of launch plan {plan}"):
         try:
-            return remote.client.get_active_launch_plan(name).id.version, True
+            return remote.client.get_active_launch_plan(name), True
         except FlyteEntityNotExistException:
             found, _ = remote.client.list_launch_plans_paginated(name, limit=1)
-    return (found[0].id.version if found else ""), False
+    return (found[0] if found else None), False
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def plan_suites(config: ConfigFile, candidate: str) -> Planned:
 
 @task(container_image=specs.tier1, requests=Resources(cpu="2", mem="8Gi"), retries=3, timeout=timedelta(hours=2))
 @retry_recoverable
-def measure_suite(config: ConfigFile, candidate: str, suite: str) -> SuiteLoss:
+def measure_suite(suite: str, config: ConfigFile, candidate: str) -> SuiteLoss:
     """Measure a candidate and its parent on one suite, and keep it for the gate."""
     from tier1.loops import evaluate_suites
 

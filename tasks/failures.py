@@ -58,6 +58,12 @@ def aggregate_experts_failed(config: ConfigFile, err: FlyteError | None = None) 
 
 
 @handler
+def aggregate_experts_sharded_failed(config: ConfigFile, shards: int, err: FlyteError | None = None) -> None:
+    """Record that a sharded aggregation failed, or that too few of its shards could be folded."""
+    _record("aggregate_experts_sharded", config, err)
+
+
+@handler
 def evaluate_and_promote_failed(
     config: ConfigFile, candidate: str, channel: str, err: FlyteError | None = None
 ) -> None:
@@ -87,6 +93,12 @@ def sensed_round_failed(config: ConfigFile, channel: str, err: FlyteError | None
 def data_engine_failed(config: ConfigFile, err: FlyteError | None = None) -> None:
     """Record that a turn of the data engine failed."""
     _record("data_engine", config, err)
+
+
+@handler
+def data_engine_regions_failed(config: ConfigFile, err: FlyteError | None = None) -> None:
+    """Record that a turn of the data engine failed, or that too few regions could be heard."""
+    _record("data_engine_regions", config, err)
 
 
 @handler

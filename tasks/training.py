@@ -9,6 +9,7 @@ from typing import NamedTuple
 from flytekit import Resources, current_context, task
 
 from images import specs
+from tasks.decks import show
 from tasks.errors import retry_recoverable
 from tasks.federation import ConfigFile, opened
 from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
@@ -52,14 +53,24 @@ def train(config: ConfigFile, data: PackedData, run: str) -> DenseRef:
         return train_delta(fed, data, run)
 
 
-@task(container_image=specs.tier1, requests=Resources(cpu="2", mem="8Gi"), retries=3, timeout=timedelta(hours=1))
+@task(
+    container_image=specs.tier1,
+    requests=Resources(cpu="2", mem="8Gi"),
+    retries=3,
+    timeout=timedelta(hours=1),
+    enable_deck=True,
+    deck_fields=(),
+)
 @retry_recoverable
 def fold_core(config: ConfigFile, delta: DenseRef) -> CandidateRef:
-    """Fold the dense delta into whatever head is now; the result is a candidate."""
+    """Fold the dense delta into whatever head is now; the result is a candidate, and the deck names the run."""
     from tier1.loops.core_update import fold_dense
+    from tier1.loops.reports import contributors_html
 
     with opened(config) as fed:
-        return fold_dense(fed, delta)
+        candidate = fold_dense(fed, delta)
+        show("Contributors", contributors_html(fed, candidate))
+        return candidate
 
 
 def execution_name() -> str:

@@ -294,12 +294,14 @@ def doctor(
     longest_outage_h: float = typer.Option(168.0, min=0, help="hours that tier 1 may be down: bound of the retention"),
     project: str = typer.Option("", help="Flyte project; with it or --domain, Flyte is looked at too"),
     domain: str = typer.Option("", help="Flyte domain"),
+    connector: str = typer.Option("", help="host:port of the connector service, to ask it what it serves"),
 ) -> None:
     """Look at everything a federation needs to turn, and say what to do; changes nothing. Exit code 1 if it is bad."""
     from tier1.doctor.examine import examine
 
     states = []
-    for finding in examine(config, longest_outage_h=longest_outage_h, project=project, domain=domain):
+    findings = examine(config, longest_outage_h=longest_outage_h, project=project, domain=domain, connector=connector)
+    for finding in findings:
         typer.echo(finding)
         states.append(finding.state)
     typer.echo(f"{len(states)} findings: {states.count('bad')} bad, {states.count('warning')} warnings")

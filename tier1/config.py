@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from fednested_lib.config import MAX_SEED, LogConfig, PublicKey, Section, load_yaml, resolve_uri
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
+from tier1.training.deepspeed_config import DeepSpeedSettings
 from tier1.versions.settings import AggregationSettings, Rates
 
 COMMAND = "fednested init-config tier1"
@@ -37,12 +38,22 @@ class DeviceRecord(Section):
 
 
 class ModelConfig(Section):
-    """Genesis: a model family and the keyword arguments of its transformers configuration class."""
+    """Genesis: a model family, and arguments of its transformers configuration class or a trained model's directory.
+
+    With `pretrained`, shape, vocabulary, weights and tokenizer are that model's.
+    """
 
     family: Literal["mixtral", "qwen3_moe", "olmoe"] = "mixtral"
     config: dict = Field(default_factory=dict)
     vocab_size: int = Field(default=1024, ge=258, le=262_144)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    pretrained: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.pretrained and self.model_fields_set & {"config", "vocab_size", "seed"}:
+            raise ValueError("pretrained brings shape, vocabulary and weights: leave out config, vocab_size and seed")
+        return self
 
 
 class ClustersConfig(Section):
@@ -63,6 +74,9 @@ class CoreUpdateConfig(Section):
     threads: int = Field(default=2, ge=1, le=1024)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     checkpoint_every: int | None = Field(default=100, ge=1, le=1_000_000_000)
+    micro_batch: int | None = Field(default=None, ge=1, le=1_000_000)
+    activation_checkpointing: bool = False
+    deepspeed: DeepSpeedSettings | None = None
     rank_timeout_s: float = Field(default=1800.0, ge=1, le=86_400)
     schedule_steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
     delta_dtype: Literal["float32", "float16"] = "float32"
@@ -147,14 +161,29 @@ class DataEngineConfig(Section):
         return self
 
 
+class SuiteBound(Section):
+    """What one suite's rise is held against, where it is not the default of all suites."""
+
+    max_regression: float | None = Field(default=None, ge=0, le=100)
+    judged_by: Literal["low", "mean", "high"] | None = None
+
+
 class EvaluationConfig(Section):
     """Suites (name → JSONL path) and the automatic gate: largest allowed rise of any suite's loss, nats per token."""
 
     suites: dict[str, Path]
     max_regression: float = Field(default=0.05, ge=0, le=100)
+    judged_by: Literal["low", "mean", "high"] = "mean"
+    bounds: dict[str, SuiteBound] = Field(default_factory=dict)
     max_tokens: int = Field(default=4096, ge=64, le=1_000_000_000)
     max_tries: int = Field(default=3, ge=1, le=16)
     seq_len: int = Field(default=96, ge=8, le=1_000_000)
+
+
+class BroadcastConfig(Section):
+    """What is made of a champion besides its snapshot; `onnx` needs the extra of that name."""
+
+    onnx: bool = False
 
 
 class RegistryConfig(Section):
@@ -192,6 +221,7 @@ class Tier1Config(Section):
     window: WindowConfig = WindowConfig()
     data_engine: DataEngineConfig = DataEngineConfig()
     evaluation: EvaluationConfig
+    broadcast: BroadcastConfig = BroadcastConfig()
     registry: RegistryConfig = RegistryConfig()
     governance: GovernanceConfig
 
@@ -211,6 +241,7 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
     config = load_yaml(path, Tier1Config, command=COMMAND)
     _check_rule(path, config.aggregation)
     base = Path(path).resolve().parent
+    pretrained = config.model.pretrained
     core = config.core.model_copy(update={"datasets": {k: base / v for k, v in config.core.datasets.items()}})
     evaluation = config.evaluation.model_copy(
         update={"suites": {k: base / v for k, v in config.evaluation.suites.items()}}
@@ -223,6 +254,7 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
             "home": base / config.home,
             "identity": config.identity.model_copy(update={"key": base / config.identity.key}),
             "core": core,
+            "model": config.model.model_copy(update={"pretrained": base / pretrained if pretrained else None}),
             "evaluation": evaluation,
             "registry": config.registry.model_copy(update={"uri": registry_uri}),
             "governance": config.governance.model_copy(update={"policy": base / config.governance.policy}),

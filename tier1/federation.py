@@ -29,8 +29,8 @@ class Federation:
     """The open parts of one federation. Servers are reached at first use, so a dead one hurts only who needs it.
 
     Layout of `home`: blobs/ (weights), payloads/ (the devices' drop box), archive/ (accepted inputs), chain/ (signed
-    entries), candidates/, cuts/, dense/, reports/, data-engine/, lineage.jsonl, audit.jsonl. Devices write payloads/
-    and read blobs/; everything else is for tier 1 alone.
+    entries), candidates/, cuts/, folds/, dense/, reports/, data-engine/, lineage.jsonl, audit.jsonl. Devices write
+    payloads/ and read blobs/; everything else is for tier 1 alone.
     """
 
     config: Tier1Config

@@ -8,17 +8,14 @@ the rest itself, and fails if it cannot.
 
 from functools import partial
 
-from flytekit import map_task, workflow
+from flytekit import workflow
 
 from tasks.evaluation import collect_suites, measure_suite, plan_suites
 from tasks.failures import evaluate_suites_failed
 from tasks.federation import ConfigFile
 from tasks.promotion import NEWEST
 from tier1.loops.records import SuitesMeasured
-
-AT_ONCE = 8
-ENOUGH = 0.5  # of the suites; fewer is no help to the gate but a broken store, which a person should see
-RETRIES = 5  # of each suite, on the map node; evictions are what many small pods meet
+from workflows.side_by_side import side_by_side
 
 
 @workflow(on_failure=evaluate_suites_failed)
@@ -32,8 +29,6 @@ def evaluate_suites(config: ConfigFile, candidate: str = NEWEST) -> SuitesMeasur
     Returns:
         The losses, and the suites whose measuring failed.
     """
-    planned = plan_suites(config=config, candidate=candidate)
-    measure = partial(measure_suite, config=config, candidate=planned.candidate)
-    losses = map_task(measure, concurrency=AT_ONCE, min_success_ratio=ENOUGH)(suite=planned.suites)
-    losses = losses.with_overrides(retries=RETRIES)
-    return collect_suites(candidate=planned.candidate, suites=planned.suites, losses=losses)
+    digest, suites = plan_suites(config=config, candidate=candidate)
+    losses = side_by_side(partial(measure_suite, config=config, candidate=digest), suite=suites)
+    return collect_suites(candidate=digest, suites=suites, losses=losses)

@@ -234,7 +234,7 @@ def _prove(config: Path) -> dict[str, str]:
 
 
 def _gap(config: Path, corpus: Corpus, settings: DemoSettings, last: int) -> dict[str, float]:
-    from tier1.loops.evaluate_and_promote import losses_of
+    from tier1.loops.gate_candidate import losses_of
 
     fed = open_federation(config)
     state = fed.chain.state()
@@ -281,7 +281,7 @@ def _report(
     first: int,
     last: int,
 ) -> DemoReport:
-    from tier1.loops.evaluate_and_promote import measure
+    from tier1.loops.gate_candidate import measure
     from tier1.versions.audit import audit
 
     fed = open_federation(config)

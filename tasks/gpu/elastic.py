@@ -58,8 +58,20 @@ class RanksTask(PytorchElasticFunctionTask):
         try:
             return super().execute(**kwargs | files)
         except (FlyteUserRuntimeException, FlyteRecoverableException) as error:
-            rank, failure = error.__context__.get_first_failure()
+            ended = _ranks_error(error)
+            if ended is None:  # it came about before or after the ranks
+                raise
+            rank, failure = ended.get_first_failure()
             raise _told(rank, failure, isinstance(error, FlyteRecoverableException)) from None
+
+
+def _ranks_error(error: BaseException | None) -> Any:
+    """Return torch elastic's error that led to this one, wherever flytekit has put it; None if there is none."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    while error is not None and not isinstance(error, ChildFailedError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _told(rank: int, failure: Any, recoverable: bool) -> FednestedError:

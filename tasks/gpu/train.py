@@ -21,6 +21,7 @@ from tasks.gpu.elastic import DEADLINE_S, Ranks
 from tier1.loops.records import DenseRef, PackedData
 
 ranked = partial(task, container_image=specs.tier1, retries=3, timeout=timedelta(seconds=DEADLINE_S))
+CPUS = Resources(cpu="2", mem="8Gi")
 GPUS = Resources(cpu="64", mem="512Gi", gpu="8", ephemeral_storage="500Gi")
 NCCL = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic sums
@@ -38,7 +39,7 @@ on_gpus = partial(
 )
 
 
-@ranked(task_config=Ranks(nproc_per_node=2), requests=Resources(cpu="2", mem="8Gi"), shared_memory="1Gi")
+@ranked(task_config=Ranks(nproc_per_node=2), requests=CPUS, limits=CPUS, shared_memory="1Gi")
 @retry_recoverable
 def train_2_cpu(config: ConfigFile, data: PackedData, run: str) -> DenseRef:
     """Train core and experts from head on 2 CPU ranks and publish the signed dense delta on updates.tier1."""

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import flytekit.deck
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from services.approvals.commands import app as approvals
 from services.embedded import EmbeddedBroker
+from tasks.decks import SHOW_ALL
 from tests.federation import make_workspace
 from tests.flyte.stand_in.executions import Execution
 from tests.flyte.stand_in.pods import WarmPods
@@ -36,6 +38,9 @@ from tier1.loops.records import GATE, CandidateRef
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
 PATIENCE_S = 240.0
+DECK_LIMIT_BYTES = 100_000
+TEMPLATE = (Path(flytekit.deck.__file__).parent / "html/template.html").read_bytes()
+FLYTES_OWN = tuple(TEMPLATE.count(word) for word in (b"<script", b"javascript:", b"http"))
 PLACE = ["--project", "fednested", "--domain", "development"]
 
 
@@ -147,7 +152,20 @@ class Site:
         assert execution.phase == "SUCCEEDED", f"{execution.error.message}\n{said.text}"
         assert said.status == 0, said.text
         assert f"{name} has succeeded" in said.text
+        self.check_decks(execution)
         return execution
+
+    def check_decks(self, execution: Execution) -> None:
+        """Every task that promises a deck wrote one that a person can read: small, and without a script of ours."""
+        for node in execution.nodes.values():
+            if node.task in self.flyte.catalog.with_decks() and node.error is None:
+                place = self.flyte.root / "metadata" / execution.name / node.path / str(len(node.attempts) - 1)
+                page = (place / "deck.html").read_bytes()
+                assert len(page) <= DECK_LIMIT_BYTES, f"{node.task}: {len(page)} bytes"
+                scripts = page.count(b"<script"), page.count(b"javascript:"), page.count(b"http")
+                assert scripts == FLYTES_OWN, f"{node.task}: {scripts} of script, javascript: and http"
+                assert SHOW_ALL.encode() in page, f"{node.task}: its deck is hidden until a script runs"
+                self.flyte.decks.add(node.task)
 
     def wait_for(self, condition: Callable[[], object]) -> None:
         """Wait for something of the stand-in's; a launch that fails meanwhile, or too long a time, fails the test."""

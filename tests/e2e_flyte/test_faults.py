@@ -18,7 +18,9 @@ from tests.e2e_flyte.conftest import PLACE, Site, registration
 from tests.federation import Device, write_text
 from tests.flyte.stand_in.executions import Execution
 from tests.flyte.stand_in.server import FlyteStandIn
-from tier1.loops.evaluate_and_promote import newest_candidate, suite_registry
+from tier1.loops.aggregate_experts import fold_updates, take_updates
+from tier1.loops.evaluate_and_promote import newest_candidate
+from tier1.loops.gate_candidate import suite_registry
 from tier1.versions.candidates import load_candidate
 
 STEPS, EVERY = 60, 10
@@ -29,7 +31,7 @@ def test_a_killed_rank_is_retried_from_its_checkpoint(site: Site, flyte: FlyteSt
     site.configure("core", steps=STEPS, checkpoint_every=EVERY, batch_size=4)
     trace = tmp_path / "trace"
 
-    def inject(task: str, number: int) -> dict[str, str]:
+    def inject(task: str, number: int, item: int | None) -> dict[str, str]:
         if number == 0:
             return {"FEDNESTED_FAILPOINT_TRACE": str(trace)}
         for own in (site.fed.home / "dense").glob("*.checkpoints"):
@@ -42,7 +44,7 @@ def test_a_killed_rank_is_retried_from_its_checkpoint(site: Site, flyte: FlyteSt
         kill_rank("ranks", trace, after=3 * EVERY)  # of both: past the first checkpoint
         execution = site.succeed(launched, "ranks")
     finally:
-        flyte.inject = lambda task, number: {}
+        flyte.inject = lambda task, number, item: {}
     (train,) = execution.tasks("train_2_cpu")
     assert len(train.attempts) == 2
     first = pod_log(flyte, execution, train.path, 0)
@@ -84,20 +86,52 @@ def test_a_suite_that_cannot_be_measured_passes_nothing(site: Site, flyte: Flyte
     Device(fed, "ann").send()
     site.succeed(site.launch("aggregate_experts", "suites-fold"), "suites-fold")
     lost = {"FEDNESTED_FAILPOINT": "durable.before_rename"}
-    flyte.inject = lambda task, number: lost if "map_measure_suite" in task and number == 0 else {}
+    flyte.inject = lambda task, number, item: lost if "measure_suite" in task and number == 0 else {}
     try:
         execution = site.succeed(site.launch("evaluate_suites", "suites"), "suites")
     finally:
-        flyte.inject = lambda task, number: {}
+        flyte.inject = lambda task, number, item: {}
     measured = msgpack.unpackb(execution.outputs.literals["o0"].scalar.binary.value)
     assert ([loss["suite"] for loss in measured["losses"]], measured["missing"]) == (["a", "plays"], ["b"])
-    items = execution.tasks("map_measure_suite_63da56d397b3853447601c664258a845-arraynode")
-    assert [len(item.attempts) for item in sorted(items, key=lambda item: item.path)] == [2, 2, 2]
+    assert [len(item.attempts) for item in execution.tasks("measure_suite")] == [2, 2, 2]
     said = site.launch("evaluate_and_promote", "suites-gate").end()
     assert said.status != 0
     assert "suite 'b' must have digest" in said.text
     state = fed.chain.state()
     assert (state.head.version, state.champion.version) == (1, 1)
+
+
+def test_a_shard_has_the_retries_of_its_map_node_and_a_lost_one_costs_no_candidate(
+    site: Site, flyte: FlyteStandIn
+) -> None:
+    """Of three shards one loses each of six pods, where its task's own retries would give four: the candidate is whole.
+
+    It is that of one task. Regions are mapped beside it, and each of them loses its first pod.
+    """
+    site.crown()
+    for client in ("ann", "bob"):
+        Device(site.fed, client).send()
+    lost = {"FEDNESTED_FAILPOINT": "durable.before_rename"}
+
+    def inject(task: str, number: int, item: int | None) -> dict[str, str]:
+        if "fold_shard" in task and item == 1:
+            return lost
+        return lost if "hear_region" in task and number == 0 else {}
+
+    flyte.inject = inject
+    try:
+        launched = site.launch("aggregate_experts_sharded", "shards", "--shards", "3")
+        engine = site.succeed(site.launch("data_engine_regions", "regions"), "regions")
+        execution = site.succeed(launched, "shards")
+    finally:
+        flyte.inject = lambda task, number, item: {}
+    assert [len(item.attempts) for item in execution.tasks("fold_shard")] == [1, 6, 1]
+    assert [item.error is None for item in execution.tasks("fold_shard")] == [True, False, True]
+    assert [len(item.attempts) for item in engine.tasks("hear_region")] == [2]
+    fed = site.fed
+    with contextlib.closing(fed):
+        digest = msgpack.unpackb(execution.outputs.literals["o0"].scalar.binary.value)["digest"]
+        assert digest == fold_updates(fed, take_updates(fed)).digest
 
 
 def test_a_message_that_comes_twice_is_one_execution_and_a_second_round_waits(site: Site, flyte: FlyteStandIn) -> None:

@@ -15,15 +15,13 @@ from fednested_lib.events import ModelAvailable, WorkflowFailed, parse_event
 from fednested_lib.log import CONTROL
 from tasks.control.decision import PATIENCE
 from tasks.sensors.kafka_window import TASK_TYPE
-from tests.e2e_flyte.conftest import Connector, Site
+from tests.e2e_flyte.conftest import DECK_LIMIT_BYTES, Connector, Site
 from tests.federation import Device
 from tests.flyte.stand_in.executions import Execution
 from tests.flyte.stand_in.pods import ColdPods
 from tests.flyte.stand_in.server import FlyteStandIn
 from tier1.loops.evaluate_and_promote import newest_candidate
 from tier1.versions.candidates import load_candidate
-
-DECK_LIMIT_BYTES = 100_000
 
 
 def test_core_update(site: Site) -> None:

@@ -171,12 +171,12 @@ def test_one_update_end_to_end(world):
     assert any(factors.lora_b.any() for factors in delta.factors.values())
     (telemetry,) = world.records(TELEMETRY)
     event = parse_event(telemetry.value)
-    assert event.loss_last < event.loss_first
     told = {layer: ([int(each) for each in by], list(by.values())) for layer, by in event.expert_tokens.items()}
     assert told == {layer: (ids, envelope.tokens[layer]) for layer, ids in envelope.expert_ids.items()}
     assert b"cat" not in telemetry.value
     local = json.loads((world.directory / "home/trainer/reports/000000000000.json").read_bytes())
     assert local["heldout_after"] < local["heldout_before"]
+    assert event.loss_last == pytest.approx(local["loss_last"], abs=2e-3)
 
 
 def test_telemetry_leaves_out_what_it_has_no_room_for():

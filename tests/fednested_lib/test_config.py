@@ -87,6 +87,6 @@ def test_how_experts_are_held(tmp_path, value, held):
     if held:
         assert load_tier2(path).model.frozen == held
         return
-    with pytest.raises(ConfigError, match="model.frozen = 'nf4'.*'fp32', 'int8' or 'int4'") as caught:
+    with pytest.raises(ConfigError, match="model.frozen = 'nf4'.*'fp32', 'bf16', 'int8' or 'int4'") as caught:
         load_tier2(path)
     assert "\n" not in str(caught.value)

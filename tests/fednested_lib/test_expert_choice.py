@@ -77,9 +77,10 @@ def test_a_choice_of_nothing_is_an_error():
         choose(COUNTS, BudgetConfig(megabytes=0.0005), rank=2, min_distinct=1, shapes=SHAPES)
 
 
-def _kept(path, model, *, rows=ROWS, budget=BudgetConfig(experts=2), version=3, rank=2):
+def _kept(path, model, *, rows=ROWS, budget=BudgetConfig(experts=2), version=3, rank=2, now=1e9, days=None):
     shapes = {name: tuple(each.shape) for name, each in model.named_parameters() if ".experts." in name}
-    return kept_choice(path, model, rows, budget, rank=rank, min_distinct=4, shapes=shapes, base_version=version)
+    how = {"rank": rank, "min_distinct": 4, "shapes": shapes, "base_version": version, "now": now}
+    return kept_choice(path, model, rows, budget, **how, period_days=days)
 
 
 def test_the_choice_stays_for_the_period(make_model, tmp_path):
@@ -96,9 +97,20 @@ def test_the_choice_stays_for_the_period(make_model, tmp_path):
     assert _kept(path, other).experts != first.experts
     document = json.loads(data)
     assert set(document) == {
-        "base_version", "sample_tokens", "rank", "budget", "experts", "tokens", "distinct_tokens",
+        "chosen_s", "base_version", "sample_tokens", "rank", "budget", "experts", "tokens", "distinct_tokens",
     }  # fmt: skip
     assert all(len(document["experts"][layer]) == 2 for layer in ("0", "1", "2"))
+
+
+def test_a_period_of_days_ends_by_itself(make_model, tmp_path):
+    """With `period_days` the choice is made anew when they are over, and not a second before."""
+    path, model, other = tmp_path / "experts.json", make_model("mixtral"), make_model("mixtral", seed=1)
+    first, end = _kept(path, model, days=3), 1e9 + 3 * 86_400
+    assert _kept(path, other, days=3, now=end - 1) == first
+    second = _kept(path, other, days=3, now=end)
+    assert second.experts != first.experts
+    assert second.chosen_s == end
+    assert _kept(path, model, days=3, now=end + 1) == second
 
 
 def test_a_choice_that_does_not_fit_is_refused(make_model, tmp_path):

@@ -18,10 +18,11 @@ from fednested_lib.errors import ContractError
 from fednested_lib.frozen import FrozenWeight, quantise_experts, require_masters
 from fednested_lib.snapshot import SnapshotManifest, build_model, describe_config, write_state_dict
 from fednested_lib.training import train_adapters
+from tests.peft_oracle import PeftTwin, factors_of
 
 SPEC = AdapterSpec(rank=3, alpha=5.0)
 IDS = torch.randint(0, 96, (3, 17), generator=torch.Generator().manual_seed(1))
-FORMS = ["int8", "int4"]
+FORMS = ["bf16", "int8", "int4"]
 
 
 def _held(form, shape=(3, 40, 128), seed=0):
@@ -61,13 +62,15 @@ def _close(ours, theirs):
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize(("form", "relative", "step"), [("int8", 0.008, 0.5 / 127), ("int4", 0.1, 1 / 8)])
+@pytest.mark.parametrize(
+    ("form", "relative", "step"), [("bf16", 0.002, 2**-8), ("int8", 0.008, 0.5 / 127), ("int4", 0.1, 1 / 8)]
+)
 def test_round_trip_error(form, relative, step):
-    """Normal weights come back to 0.8 % (int8, of 128 inputs) and 10 % (int4), each to within its scale's step."""
+    """Normal weights come back to 0.2 % (bf16), 0.8 % (int8, of 128 inputs) and 10 % (int4), to within a step."""
     weight, held = _held(form)
     error = _dense(held) - weight
     assert error.norm() <= relative * weight.norm()
-    group = 128 if form == "int8" else 64
+    group = 64 if form == "int4" else 128
     largest = weight.view(3, 40, -1, group).abs().amax(-1, keepdim=True)
     assert (error.view(3, 40, -1, group).abs() <= largest * step * (1 + 1e-5)).all()
 
@@ -75,7 +78,7 @@ def test_round_trip_error(form, relative, step):
 @pytest.mark.parametrize("form", FORMS)
 def test_representable_weights_come_back_exactly(form):
     """Multiples of a power of two within the code's range, rows and groups of zeros included, are not changed."""
-    low, top = (-127, 127) if form == "int8" else (-8, 7)
+    low, top = (-8, 7) if form == "int4" else (-127, 127)
     weight = torch.randint(low, top + 1, (5, 192), generator=torch.Generator().manual_seed(3)) * 0.25
     weight[:, ::64] = low * 0.25  # the largest of every group
     weight[2], weight[3, 64:128] = 0, 0
@@ -100,6 +103,26 @@ def test_equals_fp32_experts_of_the_dequantised_weights(make_model, family, form
         results.append([logits.detach(), *(parameter.grad for parameter in adapters.parameters())])
     for ours, theirs in zip(*results, strict=True):
         _close(ours, theirs)
+
+
+@pytest.mark.parametrize(("core", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_bf16_experts_equal_pefts_on_the_bf16_model(make_model, family, core, tolerance):
+    """Of a model whose weights are bf16, logits and gradients are peft's: as fp32 computes them, or as bf16 does."""
+    model = make_model(family).bfloat16().to(core)
+    oracle = copy.deepcopy(model)
+    quantise_experts(model, "bf16")
+    adapters = _adapted(model, None)
+    peft = PeftTwin(oracle, adapters)
+    results = []
+    for each in (model, peft.model):
+        logits = each(input_ids=IDS).logits.float()
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+        results.append(logits.detach())
+    pairs = [results]
+    for name, factors in factors_of(adapters).items():
+        pairs += zip((each.grad[:, : SPEC.rank] for each in factors), peft.gradients(name), strict=True)
+    for ours, theirs in pairs:
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 def test_without_adapters(make_model, family):
@@ -148,9 +171,9 @@ def test_dequantises_routed_experts_once_each_way(form, monkeypatch):
     assert len(places) <= 2
 
 
-@pytest.mark.parametrize(("form", "ratio"), [("int8", 3.9), ("int4", 7.1)])
+@pytest.mark.parametrize(("form", "ratio"), [("bf16", 2), ("int8", 3.9), ("int4", 7.1)])
 def test_resident_size(form, ratio):
-    """At a hidden size of 512 experts take at most 1/3.9 (int8) and 1/7.1 (int4) of fp32, all buffers counted."""
+    """At a hidden size of 512 experts take at most 1/2 (bf16), 1/3.9 (int8) and 1/7.1 (int4) of fp32, all in all."""
     weight, held = _held(form, (2, 512, 512))
     stored = sum(buffer.untyped_storage().nbytes() for buffer in held.buffers())
     assert stored == held.size_bytes <= weight.nbytes / ratio

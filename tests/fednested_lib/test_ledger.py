@@ -127,9 +127,25 @@ def test_equal_bytes_under_another_number_cost_anew(tmp_path):
 def test_the_set_of_experts_is_fixed_per_policy(tmp_path):
     """The first update under a policy version fixes its experts; another set needs a new version."""
     ledger = _open(tmp_path)
-    ledger.fix_experts(1, "a" * 64)
-    ledger.fix_experts(1, "a" * 64)
+    for now in (1e9, 2e9):
+        ledger.fix_experts(make_policy(), "a" * 64, now=now)
     with pytest.raises(PolicyRefused) as caught:
-        ledger.fix_experts(1, "b" * 64)
+        ledger.fix_experts(make_policy(), "b" * 64, now=3e9)
     assert caught.value.reason == "experts_changed"
-    ledger.fix_experts(2, "b" * 64)
+    ledger.fix_experts(make_policy(version=2), "b" * 64, now=3e9)
+
+
+def test_with_a_period_the_set_changes_once_in_so_many_days(tmp_path):
+    """Another set waits until the period is over, counted from the last change; a clock set back shortens nothing."""
+    ledger, policy, day = _open(tmp_path), make_policy(experts_period_days=7), 86_400
+    ledger.fix_experts(policy, "a" * 64, now=1e9)
+    for early in (1e9, 1e9 + 7 * day - 1):
+        with pytest.raises(PolicyWait) as caught:
+            ledger.fix_experts(policy, "b" * 64, now=early)
+        assert (caught.value.reason, caught.value.not_before_s) == ("experts_changed", 1e9 + 7 * day)
+    ledger.fix_experts(policy, "b" * 64, now=1e9 + 7 * day)
+    with pytest.raises(PolicyWait):
+        ledger.fix_experts(policy, "a" * 64, now=1e9 + 8 * day)
+    with pytest.raises(PolicyWait) as caught:
+        ledger.fix_experts(policy, "a" * 64, now=1e9)
+    assert caught.value.not_before_s == 1e9 + 7 * day

@@ -66,7 +66,7 @@ def _config(directory: Path, **changes) -> Tier2Config:
 
 
 def _trained(trainer: LocalTrainer, sequence: int, first_row: int = 0):
-    job = Job(sequence=sequence, model=trainer.held, first_row=first_row, n_rows=4)
+    job = Job(sequence=sequence, seed=f"{sequence:032x}", model=trainer.held, first_row=first_row, n_rows=4)
     report = trainer.train(job, lambda: False)
     return report, *trainer.spool.read(sequence, expert_shapes(trainer.manifest))
 
@@ -97,7 +97,7 @@ def test_fixed_a_is_the_same_for_all_updates_of_a_base(trainer, tmp_path):
     assert np.abs(_trained(trainer, 2)[2].factors[name].lora_a - first.factors[name].lora_a).max() > 0.01
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
 def test_trains_on_quantised_experts(trainer, tmp_path, form):
     """`model.frozen` reaches the model that is trained; the update is one of the fp32 base, and folds into it."""
     _, plain, fp32 = _trained(trainer, 0)
@@ -122,17 +122,17 @@ def _moved(trainer: LocalTrainer) -> dict[str, str]:
     return {**blobs, first: blobs[second]}
 
 
-def test_seed_is_of_client_epoch_sequence_and_setting(tmp_path):
-    """No two devices, keys, updates or configured seeds share a seed."""
+def test_seed_is_of_secret_client_epoch_sequence_and_setting(tmp_path):
+    """No two secrets, devices, keys, updates or configured seeds share a seed: without the secret A0 is unknown."""
     seeds = {
-        job_seed(_config(tmp_path, client_id=client, key_epoch=epoch, training={"seed": seed}), sequence)
+        job_seed(_config(tmp_path, client_id=client, key_epoch=epoch, training={"seed": seed}), secret, sequence)
+        for secret in ("0" * 64, "1" * 64)
         for client in ("romeo", "juliet")
         for epoch in (0, 1)
         for seed in (0, 1)
         for sequence in (0, 1)
     }
-    assert len(seeds) == 16
-    assert max(seeds) < 1 << 128
+    assert len(seeds) == 32
 
 
 def test_report_and_declaration_agree(trainer):
@@ -158,7 +158,7 @@ def test_window_goes_round_and_repeats_no_row():
 
 def test_interrupted_training_spools_nothing(trainer):
     """A device that is told to stop leaves no half update behind."""
-    job = Job(sequence=0, model=trainer.held, first_row=0, n_rows=4)
+    job = Job(sequence=0, seed="0" * 32, model=trainer.held, first_row=0, n_rows=4)
     with pytest.raises(Interrupted):
         trainer.train(job, lambda: True)
     assert not trainer.spool.has(0)
@@ -184,7 +184,7 @@ def test_interrupted_job_goes_on_where_it_was(trainer, tmp_path):
         asked.append(True)
         return len(asked) == 2
 
-    job = Job(sequence=0, model=trainer.held, first_row=0, n_rows=4)
+    job = Job(sequence=0, seed="0" * 32, model=trainer.held, first_row=0, n_rows=4)
     with pytest.raises(Interrupted):
         trainer.train(job, stopped)
     assert path.exists()

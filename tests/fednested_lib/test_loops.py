@@ -14,6 +14,7 @@ from fednested_lib import trainer_loop
 from fednested_lib.client import Client
 from fednested_lib.errors import PayloadError, StorageError
 from fednested_lib.events import FederationEnd
+from fednested_lib.local_update import job_seed
 from fednested_lib.orders import Orders, Refusal, Status, orders_path, read_note, status_path, write_note
 from fednested_lib.outbox import Outbox
 from fednested_lib.sidecar_loop import MAX_GAP
@@ -287,3 +288,21 @@ def test_notes_are_parsed_strictly(tmp_path):
     note.symlink_to(path)
     with pytest.raises(StorageError, match=r"status\.json is unusable"):
         read_note(note, Status)
+
+
+def test_starts_come_from_the_devices_key_and_stay_here(device):
+    """Who lacks the key cannot compute an update's A0: the seed follows from the sidecar's secret, fresh per number."""
+    secret, seeds = device.sidecar.signer.secret("start").hex(), []
+    assert _orders(device).start_secret == secret
+    for number in (0, 1):
+        _spooled(device)
+        seeds.append(device.trainer.state.job.seed)
+        assert seeds[-1] == job_seed(device.config, secret, number)
+        device.sidecar.hear_trainer()
+        device.trainer.turn()
+    assert len(set(seeds)) == 2
+    sent = b"".join(path.read_bytes() for path in (device.config.home / "outbox").rglob("*") if path.is_file())
+    assert len(sent) > 1000
+    for private in (secret, *seeds):
+        assert private.encode() not in sent
+        assert bytes.fromhex(private) not in sent

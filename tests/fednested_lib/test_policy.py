@@ -14,7 +14,7 @@ from fednested_lib.ledger import Ledger
 from fednested_lib.outbox import Outbox
 from fednested_lib.policy import EXAMPLE, load_policy, sign_policy, signature_path, write_policy
 from fednested_lib.sidecar import open_sidecar
-from fednested_lib.signing import Signer
+from fednested_lib.signing import Signer, canonical_json, sha256_hex
 from tests.audit_tampering import write_log
 from tests.policies import OPEN, SITE, make_policy, pin_policy
 
@@ -32,7 +32,7 @@ def test_the_example_is_valid_and_closed(tmp_path):
     path = _written(tmp_path)
     policy = load_policy(path, SITE.public_key)
     policy.check_adapter(AdapterSpec(rank=8, alpha=16.0))
-    assert (policy.dp, policy.telemetry, policy.floor(8)) == ("off", "on", 32)
+    assert (policy.dp, policy.telemetry, policy.floor(8, 64)) == ("off", "on", 32)
     document = yaml.safe_load(EXAMPLE.format(federation="fednested"))
     for key in document.keys() - {"min_tokens_per_rank"}:
         path.write_text(yaml.safe_dump({name: value for name, value in document.items() if name != key}))
@@ -53,6 +53,7 @@ def test_the_example_is_valid_and_closed(tmp_path):
         {"experts": "some"},
         {"experts": {-1: [0]}},
         {"max_norm": float("inf")},
+        {"min_tokens_per_width": 0},
         {"bytes_per_day": 1},
         {"telemetry": "noised"},
         {"telemetry": "maybe"},
@@ -192,3 +193,12 @@ def test_the_commands_sign_and_verify(tmp_path):
     found = cli.invoke(app, ["tier2", "audit", "verify", "--config", str(config)])
     assert isinstance(found.exception, AuditError)
     assert "record 0 was edited" in str(found.exception)
+
+
+def test_the_wider_floor_counts_and_one_that_is_off_changes_no_policy():
+    """Of two floors the higher one holds; a policy from before has the digest that devices remember."""
+    policy = make_policy(min_tokens_per_width=8)
+    assert (policy.floor(4, 64), policy.floor(64, 16)) == (512, 256)
+    rules = make_policy().model_dump(mode="json")
+    assert {rules.pop(name) for name in ("min_tokens_per_width", "experts_period_days")} == {None}
+    assert make_policy().digest == sha256_hex(canonical_json(rules)) != policy.digest

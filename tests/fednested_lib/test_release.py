@@ -113,6 +113,7 @@ def test_what_waits_is_kept_and_leaves_later(tmp_path):
         ("bytes_per_update", {"bytes_per_update": 100}, 500),
         ("too_few_tokens", {}, 15),
         ("too_few_tokens", {"min_tokens_per_rank": 200}, 500),
+        ("too_few_tokens", {"min_tokens_per_width": 100}, 500),
         ("adapter_not_allowed", {"adapters": [{"mode": "lora", "rank": 8, "alpha": 16.0}]}, 500),
     ],
 )

@@ -84,6 +84,15 @@ def test_experts_under_the_floor_leave_as_zeros(tmp_path):
     assert _made(tmp_path, min_tokens_per_rank=5)[0].tokens == {"0": [64, 0, 0], "2": [0]}
 
 
+def test_a_floor_per_width_withholds_by_the_hidden_size(tmp_path):
+    """An expert must have seen `min_tokens_per_width` × 16, the hidden size, not the experts' own 12 or 24."""
+    for factor, tokens in ((3, [64, 0, 0]), (4, [0, 0, 0])):
+        envelope, _, sent = _made(tmp_path, encoding="fp32", min_tokens_per_width=factor)
+        assert envelope.tokens == {"0": tokens, "2": [0]}
+        kept = [bool(each.any()) for each in sent.factors["model.layers.0.mlp.experts.down_proj"].lora_b]
+        assert kept == [n > 0 for n in tokens]
+
+
 def test_clip_bounds_the_norm(tmp_path):
     """A large update is scaled down to the bound as a whole, a small one is not touched, and int8 keeps the bound."""
     large = _delta(size=2.0)

@@ -14,6 +14,8 @@ What it does of admin's part follows flyteadmin 1.16 (`execution_manager.go`, `e
     SetSignal             INVALID_ARGUMENT for a gate that was not reached, or a value that is no string; a second value
                           replaces the first
     ListProjects, GetDomains, ListLaunchPlans, GetVersion   its one project and domain; active plans; a constant
+    GetWorkflow           one task, with what `requests` says
+    GetProjectDomainAttributes   NOT_FOUND where none are set
     everything else       UNIMPLEMENTED
 """
 
@@ -26,9 +28,18 @@ from collections import Counter
 from concurrent import futures
 
 import grpc
-from flyteidl.admin import execution_pb2, launch_plan_pb2, project_pb2, signal_pb2, version_pb2
+from flyteidl.admin import (
+    execution_pb2,
+    launch_plan_pb2,
+    project_domain_attributes_pb2,
+    project_pb2,
+    signal_pb2,
+    version_pb2,
+    workflow_pb2,
+)
+from flyteidl.admin import matchable_resource_pb2 as matchable
+from flyteidl.core import compiler_pb2, identifier_pb2, literals_pb2, security_pb2, tasks_pb2, types_pb2
 from flyteidl.core import execution_pb2 as phases
-from flyteidl.core import identifier_pb2, types_pb2
 from flyteidl.service import admin_pb2_grpc, signal_pb2_grpc
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
@@ -45,6 +56,9 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
         vanishing: launch plans are taken away once CreateExecution is called.
         lose_answers: how many admitted CreateExecutions and SetSignals are answered UNAVAILABLE.
         delay_s: how long CreateExecution takes, before and after the admission each.
+        account: Kubernetes service account of the launch plans; "" is none.
+        requests: what the plans' workflow's one task asks for.
+        attributes: kind → matching attributes of the project and domain.
         signals: (execution, gate) → signal, as propeller creates it when the gate begins to wait.
         calls: RPC → how often.
     """
@@ -57,6 +71,9 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
         self.vanishing = False
         self.lose_answers = 0
         self.delay_s = 0.0
+        self.account = "fednested"
+        self.requests = {"cpu": "4", "memory": "8Gi", "gpu": "8"}
+        self.attributes: dict[int, matchable.MatchingAttributes] = {}
         self.signals: dict[tuple[str, str], signal_pb2.Signal] = {}
         self.calls: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -81,8 +98,42 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
         self.calls["GetActiveLaunchPlan"] += 1
         if request.id.name not in self.plans:
             context.abort(grpc.StatusCode.NOT_FOUND, f"no active launch plan {request.id.name}")
-        spec = launch_plan_pb2.LaunchPlanSpec(workflow_id=_id(identifier_pb2.WORKFLOW, "workflow"))
-        return launch_plan_pb2.LaunchPlan(id=_id(identifier_pb2.LAUNCH_PLAN, request.id.name), spec=spec)
+        return self._plan(request.id.name)
+
+    def _plan(self, name: str) -> launch_plan_pb2.LaunchPlan:
+        blob = literals_pb2.Blob(uri="s3://acme/tier1.yaml")
+        config = literals_pb2.Literal(scalar=literals_pb2.Scalar(blob=blob))
+        spec = launch_plan_pb2.LaunchPlanSpec(
+            workflow_id=_id(identifier_pb2.WORKFLOW, "workflow"),
+            fixed_inputs=literals_pb2.LiteralMap(literals={"config": config}),
+            security_context=security_pb2.SecurityContext(
+                run_as=security_pb2.Identity(k8s_service_account=self.account)
+            ),
+        )
+        return launch_plan_pb2.LaunchPlan(id=_id(identifier_pb2.LAUNCH_PLAN, name), spec=spec)
+
+    def GetWorkflow(self, request, context):
+        self.calls["GetWorkflow"] += 1
+        kinds = tasks_pb2.Resources.ResourceName
+        requests = [
+            tasks_pb2.Resources.ResourceEntry(name=kinds.Value(name.upper()), value=value)
+            for name, value in self.requests.items()
+        ]
+        container = tasks_pb2.Container(resources=tasks_pb2.Resources(requests=requests))
+        template = tasks_pb2.TaskTemplate(id=_id(identifier_pb2.TASK, "tasks.gpu.train.large"), container=container)
+        compiled = compiler_pb2.CompiledWorkflowClosure(tasks=[compiler_pb2.CompiledTask(template=template)])
+        return workflow_pb2.Workflow(id=request.id, closure=workflow_pb2.WorkflowClosure(compiled_workflow=compiled))
+
+    def GetProjectDomainAttributes(self, request, context):
+        self.calls["GetProjectDomainAttributes"] += 1
+        if request.resource_type not in self.attributes:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no attributes of {request.project} {request.domain}")
+        found = project_domain_attributes_pb2.ProjectDomainAttributes(
+            project=request.project,
+            domain=request.domain,
+            matching_attributes=self.attributes[request.resource_type],
+        )
+        return project_domain_attributes_pb2.ProjectDomainAttributesGetResponse(attributes=found)
 
     def ListProjects(self, request, context):
         self.calls["ListProjects"] += 1
@@ -95,8 +146,7 @@ class AdminStandIn(admin_pb2_grpc.AdminServiceServicer, signal_pb2_grpc.SignalSe
     def ListLaunchPlans(self, request, context):
         self.calls["ListLaunchPlans"] += 1
         found = [request.id.name] if request.id.name in self.plans else []
-        plans = [launch_plan_pb2.LaunchPlan(id=_id(identifier_pb2.LAUNCH_PLAN, name)) for name in found]
-        return launch_plan_pb2.LaunchPlanList(launch_plans=plans)
+        return launch_plan_pb2.LaunchPlanList(launch_plans=[self._plan(name) for name in found])
 
     def GetVersion(self, request, context):
         self.calls["GetVersion"] += 1

@@ -8,12 +8,15 @@ from __future__ import annotations
 from flytekit import task, workflow
 
 from tasks.federation import ConfigFile
-from tier1.loops.records import CandidateRef, EngineReport, Outcome, Published
+from tier1.loops.records import CandidateRef, EngineReport, Outcome, Published, SuitesMeasured
 from workflows.aggregate_experts import aggregate_experts
+from workflows.aggregate_experts_sharded import aggregate_experts_sharded
 from workflows.broadcast import broadcast
 from workflows.core_update import core_update
 from workflows.data_engine import data_engine
+from workflows.data_engine_regions import data_engine_regions
 from workflows.evaluate_and_promote import evaluate_and_promote
+from workflows.evaluate_suites import evaluate_suites
 from workflows.nested_round import Round, nested_round
 
 
@@ -45,6 +48,21 @@ def broadcast_at(path: str) -> Published:
 @workflow
 def data_engine_at(path: str) -> EngineReport:
     return data_engine(config=file_at(path=path))
+
+
+@workflow
+def aggregate_experts_sharded_at(path: str) -> CandidateRef:
+    return aggregate_experts_sharded(config=file_at(path=path), shards=2)
+
+
+@workflow
+def evaluate_suites_at(path: str) -> SuitesMeasured:
+    return evaluate_suites(config=file_at(path=path), candidate="")
+
+
+@workflow
+def data_engine_regions_at(path: str) -> EngineReport:
+    return data_engine_regions(config=file_at(path=path))
 
 
 @workflow

@@ -25,9 +25,12 @@ PAGE = ROOT / "docs/flyte2.md"
 WORKFLOWS = {
     "core_update": "n_accepted=1",
     "aggregate_experts": "CandidateRef(digest='',",
+    "aggregate_experts_sharded": "CandidateRef(digest='',",
+    "evaluate_suites": "SuiteLoss(suite='plays'",
     "evaluate_and_promote": "verdict='approved', version=1",
     "broadcast": "Published(version=1",
     "data_engine": "EngineReport(",
+    "data_engine_regions": "EngineReport(",
     "nested_round": "verdict='approved', version=2",
 }
 ELASTIC = ("workflows/core_update_elastic.py", "core_update_2_cpu")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -30,6 +31,7 @@ RENEW = "python -m tests.flyte.packaged --write"
 SPECS = {1: task_pb2.TaskSpec, 2: workflow_pb2.WorkflowSpec, 3: launch_plan_pb2.LaunchPlan}
 PYFLYTE = (sys.executable, "-m", "flytekit.clis.sdk_in_container.pyflyte")
 ALL = ("workflows", "launchplans")
+HASH = re.compile(r"(?<=map_)(\w+)_[0-9a-f]{32}-arraynode")  # flytekit's name of a mapped task, over its bound inputs
 
 
 def package(
@@ -70,7 +72,7 @@ def snapshot(entities: dict[str, Any]) -> str:
         elif isinstance(spec, workflow_pb2.WorkflowSpec):
             sections["workflows"][name] = _workflow(spec.template)
         else:
-            sections["tasks"][name] = _task(spec.template)
+            sections["tasks"][_plain(name)] = _task(spec.template)
     sections["gates"] = decision_gate()
     heading = f"# What Flyte would register; renew with `{RENEW}`.\n"
     return heading + yaml.safe_dump(sections, sort_keys=False, width=120, allow_unicode=True)
@@ -151,12 +153,22 @@ def _workflow(template: Any) -> dict:
 
 
 def _node(node: Any) -> str:
+    after = f"after [{', '.join(sorted(node.upstream_node_ids))}]"
     if node.WhichOneof("target") == "array_node":
-        return f"{_node(node.array_node.node)} mapped, retries {node.metadata.retries.retries}"
+        array = node.array_node
+        retries = array.node.metadata.retries.retries  # the map node's; propeller does not read the task's here
+        return (
+            f"{node.id} {_plain(array.node.task_node.reference_id.name)} {after}, {array.parallelism} at once, "
+            f"{retries} retries of each item, success ratio {array.min_success_ratio:g}"
+        )
     if node.WhichOneof("target") == "gate_node":
         return f"{node.id} gate {node.gate_node.signal.signal_id}"
     reference = node.task_node.reference_id.name or node.workflow_node.sub_workflow_ref.name
-    return f"{node.id} {reference} after [{', '.join(sorted(node.upstream_node_ids))}]"
+    return f"{node.id} {reference} {after}"
+
+
+def _plain(name: str) -> str:
+    return HASH.sub(r"\1", name)
 
 
 def _task(template: tasks_pb2.TaskTemplate) -> dict:

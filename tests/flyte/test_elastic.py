@@ -12,9 +12,10 @@ import pytest
 from flytekit.configuration import Image, ImageConfig, SerializationSettings
 from flytekit.core.checkpointer import SyncCheckpoint
 from flytekit.core.context_manager import FlyteContextManager
+from flytekit.exceptions.user import FlyteRecoverableException, FlyteUserRuntimeException
 from flytekit.tools.translator import get_serializable
 from flytekit.types.file import FlyteFile
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from fednested_lib.errors import EnvelopeError, FednestedError, StorageError, TransportError
 from services.embedded import EmbeddedBroker
@@ -57,6 +58,12 @@ def test_a_gpu_size_asks_for_what_it_needs(shell):
     assert template.metadata.retries.retries == 3
     assert template.metadata.timeout.total_seconds() == 24 * 3600
     assert template.container.env["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_the_cpu_size_is_bounded_as_well():
+    """Guards the neighbours on its node: a rank that grows is ended and said so, not they."""
+    resources = compiled(train_2_cpu).container.resources
+    assert resources.requests == resources.limits != []
 
 
 @pytest.mark.slow
@@ -106,6 +113,28 @@ def test_the_failed_rank_speaks_for_the_run(tmp_path):
     assert (type(forged), forged.reason) == (EnvelopeError, "rank_failed")
     bug = _told(1, failed(tmp_path, 1, "KeyError: 'x'"), False)
     assert (type(bug), str(bug)) == (FednestedError, "rank 1 failed: KeyError: 'x'")
+
+
+def test_an_error_that_no_rank_caused_stays_what_it_is(tmp_path, monkeypatch):
+    """Guards against an AttributeError in place of the reason: flytekit's own failures have no rank to name."""
+    told = ValueError("no such start method")
+    ended = ChildFailedError("train", {1: failed(tmp_path, -signal.SIGKILL)})
+
+    def execute(*_: object, **__: object) -> None:
+        if raised is ended:
+            try:
+                raise ended
+            except ChildFailedError as error:
+                raise FlyteUserRuntimeException(KeyError("between")) from error
+        raise FlyteUserRuntimeException(raised)
+
+    monkeypatch.setattr("tasks.gpu.elastic.PytorchElasticFunctionTask.execute", execute)
+    raised = told
+    with pytest.raises(FlyteUserRuntimeException, match="no such start method"):
+        train_2_cpu.execute()
+    raised = ended
+    with pytest.raises(FlyteRecoverableException, match="rank 1 was ended by SIGKILL"):
+        train_2_cpu.execute()
 
 
 @pytest.fixture

@@ -24,16 +24,18 @@ from tests.federation import Device, make_workspace
 from tier1.federation import Federation, open_federation
 from tier1.loops.failures import error_class, record_failure
 from workflows.aggregate_experts import aggregate_experts
+from workflows.aggregate_experts_sharded import aggregate_experts_sharded
 from workflows.broadcast import broadcast
 from workflows.core_update import core_update
 from workflows.data_engine import data_engine
+from workflows.data_engine_regions import data_engine_regions
 from workflows.evaluate_and_promote import evaluate_and_promote
 from workflows.evaluate_suites import evaluate_suites
 from workflows.nested_round import nested_round
 from workflows.sensed_round import sensed_round
 
 ALL = (core_update, aggregate_experts, evaluate_and_promote, broadcast, nested_round, sensed_round, data_engine)
-ALL += (evaluate_suites,)
+ALL += (evaluate_suites, aggregate_experts_sharded, data_engine_regions)
 POD_ERROR = """Trace:
 
     Traceback (most recent call last):

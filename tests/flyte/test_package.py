@@ -25,6 +25,8 @@ LOOPS = (
     "sensed_round",
     "data_engine",
     "evaluate_suites",
+    "aggregate_experts_sharded",
+    "data_engine_regions",
 )
 SENSORS = {"tasks.sensors.kafka_window.kafka_window": "fednested_kafka_window"}
 

@@ -23,7 +23,9 @@ from tier1.governance.approvals import issue
 from tier1.loops.evaluate_and_promote import waiting_versions
 from tier1.loops.records import Outcome
 from workflows.aggregate_experts import aggregate_experts
+from workflows.aggregate_experts_sharded import aggregate_experts_sharded
 from workflows.core_update import core_update
+from workflows.data_engine_regions import data_engine_regions
 from workflows.evaluate_and_promote import evaluate_and_promote
 from workflows.nested_round import nested_round
 
@@ -69,6 +71,20 @@ def test_a_round_folds_asks_once_and_publishes(config: FlyteFile, fed: Federatio
     with answer_gates(answers("approve")):
         outcome, published = nested_round(config=config)
     assert (outcome.verdict, outcome.version, outcome.champion, published.version) == ("approved", 2, 2, 2)
+
+
+def test_shards_make_the_candidate_of_the_one_task(config: FlyteFile, fed: Federation) -> None:
+    """The mapped fold and the one of one task are one candidate; a cut without updates has no shards and no candidate.
+
+    And a federation whose devices have told nothing is looked at region by region.
+    """
+    assert aggregate_experts_sharded(config=config, shards=3).digest == ""
+    for client in ("ann", "bob"):
+        Device(fed, client).send()
+    sharded = aggregate_experts_sharded(config=config, shards=3)
+    assert sharded.n_accepted == 2
+    assert sharded == aggregate_experts(config=config)
+    assert data_engine_regions(config=config).findings == []
 
 
 def test_one_decision_covers_core_and_devices(config: FlyteFile, fed: Federation) -> None:

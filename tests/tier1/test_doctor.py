@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+from flyteidl.admin import agent_pb2
+from flyteidl.admin import matchable_resource_pb2 as matchable
+from flyteidl.service import agent_pb2_grpc
+from flytekit.extend.backend.base_connector import ConnectorRegistry
 from typer.testing import CliRunner
 
 from fednested_lib.finding import Finding
 from fednested_lib.log import TOPICS, UPDATES, KafkaLog
+from images import specs
 from services.embedded import EmbeddedBroker
+from services.examine_connector import SERVED, connector
+from services.examine_registered import quantity
 from tests.federation import Device, make_workspace
+from tests.flyte.absent import lacking, run_without
 from tests.flyte.admin_stand_in import AdminStandIn
 from tier1.commands import app
-from tier1.doctor.examine import examine
+from tier1.config import Tier1Config
+from tier1.doctor import disk, pods
+from tier1.doctor.examine import _cluster, examine
 from tier1.federation import open_federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.evaluate_and_promote import settle_candidate
@@ -160,8 +175,166 @@ def test_flyte_is_asked_for_project_and_plans(config: Path, monkeypatch: pytest.
             monkeypatch.setenv(name, value)
         found = look(config, project="fednested", domain="development")
         assert found["launch plan nested_round_fast"].state == "ok"
+        assert not admin.admitted
         assert bad([*found.values()])["launch plan sensed_round"].value == "not registered"
         assert "flyte project" in bad([*look(config, project="other").values()])
+
+
+def test_flyte_is_asked_for_accounts_quotas_and_what_is_in_flight(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What admin knows is judged with its number; what Kubernetes alone knows is a warning with a command."""
+    with AdminStandIn(plans=("nested_round_fast",)) as admin:
+        for name, value in admin.environment.items():
+            monkeypatch.setenv(name, value)
+        found = look(config, project="fednested")
+        unseen = ("service account fednested", "configuration s3://acme/tier1.yaml", "quota gpu", "connector service")
+        assert [found[what].state for what in (*unseen, "quota of the namespace")] == ["warning"] * 5
+        assert "kubectl get serviceaccount fednested -n fednested-development" in found[unseen[0]].remedy
+        assert found["executions in flight"].state == "ok"
+
+        limits = matchable.TaskResourceSpec(cpu="4000m", memory="4Gi", gpu="8")
+        admin.attributes[matchable.TASK_RESOURCE] = matchable.MatchingAttributes(
+            task_resource_attributes=matchable.TaskResourceAttributes(limits=limits)
+        )
+        given = matchable.ClusterResourceAttributes(attributes={"projectQuotaCpu": "64"})
+        admin.attributes[matchable.CLUSTER_RESOURCE] = matchable.MatchingAttributes(cluster_resource_attributes=given)
+        admin.account = ""
+        admin.run("old-round")
+        found = look(config, project="fednested")
+        assert {what for what in bad([*found.values()]) if what.startswith("quota")} == {"quota memory"}
+        assert "8Gi for one pod of large (bound: ≤ 4Gi)" in str(found["quota memory"])
+        assert "projectQuotaCpu 64" in found["quota of the namespace"].value
+        assert "FEDNESTED_SERVICE_ACCOUNT" in bad([*found.values()])["service account"].remedy
+
+
+@pytest.mark.parametrize(("text", "number"), [("500m", 0.5), ("8", 8), ("1Gi", 2**30), ("2k", 2000), ("64Mi", 2**26)])
+def test_quantities_are_those_of_kubernetes(text: str, number: float) -> None:
+    """A limit of 500m is half a core and no five hundred."""
+    assert quantity(text) == number
+
+
+def test_executions_of_an_older_version_are_told(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an upgrade a round still waits at its gate: it is named with its plan and version."""
+    with AdminStandIn(plans=("nested_round_fast",)) as admin:
+        for name, value in admin.environment.items():
+            monkeypatch.setenv(name, value)
+        admin.run("old-round")
+        plan = admin.executions["old-round"].spec.launch_plan
+        plan.name, plan.version = "nested_round_fast", "v0"
+        found = look(config, project="fednested")["executions in flight"]
+        assert (found.state, found.value) == ("warning", "1 of nested_round_fast v0")
+
+
+def test_a_connector_is_asked_what_it_serves() -> None:
+    """Both sensors' types are there, or one is missing, or nobody listens; nothing is guessed without an address."""
+    assert {*SERVED} == served_types()
+    with served({*SERVED}) as address:
+        assert [each.state for each in connector(address, "n")] == ["ok"]
+    with served({"sensor"}) as address:
+        (found,) = connector(address, "n")
+        assert (found.state, found.bound) == ("bad", ", ".join(SERVED))
+    (found,) = connector(address, "n")
+    assert "does not answer" in found.value
+    (found,) = connector("", "fednested-production")
+    assert (found.state, "--connector fednested-connector.fednested-production:8000" in found.remedy) == (
+        "warning",
+        True,
+    )
+
+
+@contextmanager
+def served(kinds: set[str]) -> Iterator[str]:
+    class Metadata(agent_pb2_grpc.AgentMetadataServiceServicer):
+        def ListAgents(self, request, context):
+            categories = [agent_pb2.TaskCategory(name=kind) for kind in sorted(kinds)]
+            return agent_pb2.ListAgentsResponse(agents=[agent_pb2.Agent(supported_task_categories=categories)])
+
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    agent_pb2_grpc.add_AgentMetadataServiceServicer_to_server(Metadata(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def served_types() -> set[str]:
+    import tasks.sensors.kafka_backlog
+    import tasks.sensors.kafka_window  # noqa: F401  registers its connector
+
+    return {each.name for each in ConnectorRegistry._REGISTRY}
+
+
+def test_outside_a_pod_nothing_of_a_pod_is_ok(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths and addresses that cannot work are bad anywhere; volume and secrets are warnings with a command."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    change(config, log={"bootstrap": "localhost:9092"}, home=str(config.parent / "home"), home_is_shared=True)
+    monkeypatch.setattr("tier1.doctor.servers.TIMEOUT_S", 0.2)
+    opened = open_federation(config)
+    found = {each.what: each for each in _cluster(opened, config, "fednested-production")}
+    assert {"paths in pods", "addresses in pods"} == set(bad([*found.values()]))
+    assert "identity.key = keys/tier1.key" in found["paths in pods"].value
+    unseen = ("seen from", "home in pods", "secret for signing key", "secret for blob store")
+    assert all(found[what].state == "warning" for what in unseen)
+    assert "kubectl describe pvc fednested-home -n fednested-production" in found["home in pods"].remedy
+
+
+def test_inside_a_pod_secrets_account_and_volume_are_seen(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key without permission, credentials by either way, the token's subject, a home that is gone with its pod."""
+    opened = open_federation(config).config.model_copy(
+        update={"registry": {"uri": "http://mlflow:5000"}, "home_is_shared": True}
+    )
+    opened = Tier1Config.model_validate(opened.model_dump())
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    found = {each.what: each for each in pods.secrets(opened, pod, "ns")}
+    assert [found[f"secret for {what}"].state for what in ("signing key", "blob store", "MLflow")] == [
+        *("ok", "ok", "warning")
+    ]
+    assert "MLFLOW_TRACKING_TOKEN" in found["secret for MLflow"].bound
+    assert "b" not in found["secret for blob store"].value.split()
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    for mode, state in ((0o440, "ok"), (0o444, "warning"), (0o460, "warning")):  # the first is what fsGroup makes
+        opened.identity.key.chmod(mode)
+        assert next(iter(disk.keys(opened))).state == state
+    opened.identity.key.unlink()
+    assert next(iter(pods.secrets(opened, pod, "ns"))).state == "bad"
+
+    body = base64.urlsafe_b64encode(b'{"sub":"system:serviceaccount:ns:fednested"}').decode().rstrip("=")
+    (tmp_path / "token").write_text(f"e30.{body}.x")
+    assert [each.state for each in pods.account(pod, "ns", token=tmp_path / "token")] == ["ok"]
+    assert [each.state for each in pods.account(pod, "other", token=tmp_path / "token")] == ["warning"]
+    assert [each.state for each in pods.account(pod, "ns", token=tmp_path / "none")] == ["warning"]
+
+    mounts = "overlay / overlay rw 0 0\nnfs:/x /fednested nfs4 rw 0 0\ntmpfs /fed tmpfs rw 0 0\n"
+    assert pods.mount_of(Path("/fednested/home"), mounts) == ("/fednested", "nfs4")
+    assert pods.mount_of(Path("/fednested2"), mounts) == ("/", "overlay")
+
+
+def test_the_doctor_runs_in_the_connectors_image(config: Path) -> None:
+    """The pod that docs/first-remote-run.md starts has what the connector has: no torch, no transformers."""
+    fed = open_federation(config)
+    ensure_genesis(fed)
+    program = f"""
+from tier1.doctor.examine import examine
+found = {{each.what: each for each in examine({str(config)!r}, project="fednested")}}
+assert found["chain"].state == found["candidates in flight"].state == "ok", found
+assert found["flyte endpoint"].state == "bad", found
+"""
+    run_without(lacking(specs.connector), program)
+
+
+def test_candidates_in_flight_are_told_before_an_upgrade(config: Path) -> None:
+    """Nothing, a candidate before its gate, then a version before its decision."""
+    fed = open_federation(config)
+    ensure_genesis(fed)
+    assert [each.state for each in pods.flight(fed)] == ["ok"]
+    Device(fed, "ann").send(base=0)
+    candidate = fold_updates(fed, take_updates(fed))
+    assert candidate.digest[:12] in next(iter(pods.flight(fed))).value
+    settle_candidate(fed, candidate)
+    assert next(iter(pods.flight(fed))).value == "version 1 waits for a decision"
 
 
 def test_the_plans_that_are_asked_for_are_those_that_exist() -> None:

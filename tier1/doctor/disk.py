@@ -14,6 +14,7 @@ from fednested_lib.errors import ChainError
 from fednested_lib.finding import Finding, judge
 from fednested_lib.signing import Signer
 from tier1.config import Tier1Config
+from tier1.doctor import pods
 from tier1.federation import Federation
 from tier1.governance.policy_file import PolicyFile
 from tier1.governance.ports import AccessRequest
@@ -34,10 +35,10 @@ def keys(config: Tier1Config) -> Iterator[Finding]:
     mode = stat.S_IMODE(os.stat(path).st_mode)
     yield judge(
         "signing key",
-        holds=not mode & 0o077,
+        holds=not mode & 0o077 or (pods.is_pod(os.environ) and not mode & 0o037),  # 0440: what fsGroup makes of 0400
         value=f"{path} has mode {mode:04o}",
         bound="0600",
-        remedy=f"chmod 600 {path}; a mounted secret gets it by defaultMode: 0400 and fsGroup",
+        remedy=f"chmod 600 {path}; a mounted secret has defaultMode: 0400, of which fsGroup makes 0440",
         otherwise="warning",
     )
     yield judge(
@@ -79,17 +80,6 @@ def data(config: Tier1Config) -> Iterator[Finding]:
         yield judge(
             what, holds=readable, value=value, bound="a readable file", remedy="fix the path or its permissions"
         )
-
-
-def shared(config: Tier1Config) -> Iterator[Finding]:
-    """Do pods of a cluster mean the same place by these paths?"""
-    yield judge(
-        "home in pods",
-        holds=config.home_is_shared,
-        value=f"home = {config.home}, home_is_shared = {str(config.home_is_shared).lower()}",
-        bound="true",
-        remedy="mount one volume at home in every pod and say home_is_shared: true (docs/first-remote-run.md)",
-    )
 
 
 def policy(config: Tier1Config) -> Iterator[Finding]:

@@ -1,8 +1,10 @@
-"""Held-out suites: one per domain, measured as nats per token and bits per byte.
+"""Held-out suites: one per domain, measured as nats per token, bits per byte and the share of right guesses.
 
     nats per token = −(1/N) Σ log p(token_i | tokens before it in its row),    bits per byte = nats · N / (bytes · ln 2)
+    perplexity = exp(nats per token),    accuracy = #{i : token_i is the model's first choice} / N
 
-Bits per byte compare models with different tokenizers. Every row has the same length, so no padding enters a mean, and
+A suite of prompts and completions has a task accuracy besides (`completions.py`). Bits per byte compare models with
+different tokenizers. Every row has the same length, so no padding enters a mean, and
 rows go through the model in batches of a fixed size: the result does not depend on a setting. A suite with more tokens
 than allowed is thinned to evenly spaced rows, the same ones every time.
 
@@ -15,16 +17,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fednested_lib.blobs import create_exclusive, write_durable
-from fednested_lib.errors import ConfigError, DataError, TrainingError
+from fednested_lib.errors import ConfigError, DataError
 from fednested_lib.signing import canonical_json, sha256_hex
-from fednested_lib.text import end_of_text_id, load_tokenizer, pack, read_texts
+from fednested_lib.text import Row, end_of_text_id, load_tokenizer, pack, read_jsonl, read_texts
+from tier1.evaluation.completions import exact_matches, pack_pairs, read_pairs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,20 +47,49 @@ class Suite:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSuite:
-    """A suite as token rows int32 [n, seq_len + 1], and how many UTF-8 bytes their predicted tokens stand for."""
+    """A suite as a model reads it.
+
+    Args:
+        tokens: rows int32 [n, seq_len + 1].
+        lines: the line of the suite's file in which each row begins, [n]; too far where a text before it spells out
+            the end-of-text token.
+        n_bytes: UTF-8 bytes that the predicted tokens stand for.
+        pairs: (given, wanted) of `completions.pack_pairs`, maybe of no row.
+    """
 
     tokens: np.ndarray
+    lines: np.ndarray
     n_bytes: float
+    pairs: tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
-    """Loss of one model on one suite; not finite if the model's output is not."""
+    """What one model does on one suite; loss not finite if the model's output is not.
+
+    Args:
+        nats_per_token: mean loss.
+        bits_per_byte: likewise, whatever the tokenizer.
+        n_tokens: predicted tokens.
+        n_bytes: that they stand for.
+        rows: SHA-256 of the token rows; two results compare row by row if it is equal. Empty: no rows are known.
+        lines: where each row begins in the suite's file.
+        row_nats: loss of each row, nats per token.
+        row_hits: share of each row's tokens that were the model's first choice.
+        completions: 1 for each completion that the model would write itself, else 0; empty for a suite without.
+        routed: layer → token slots that the router gave to each expert.
+    """
 
     nats_per_token: float
     bits_per_byte: float
     n_tokens: int
     n_bytes: int
+    rows: str = ""
+    lines: list[int] = field(default_factory=list)
+    row_nats: list[float] = field(default_factory=list)
+    row_hits: list[float] = field(default_factory=list)
+    completions: list[int] = field(default_factory=list)
+    routed: dict[str, list[int]] = field(default_factory=dict)
 
 
 class SuiteRegistry:
@@ -96,9 +128,14 @@ class SuiteRegistry:
         """
         return {name: self.suite(name) for name in self.names()}
 
+    def digests(self) -> dict[str, str]:
+        """Return name → digest of all registered suites, sorted, without a look at their copies."""
+        entries = (json.loads(path.read_bytes()) for path in self._root.glob("*.json"))
+        return dict(sorted((entry["name"], entry["digest"]) for entry in entries))
+
     def names(self) -> list[str]:
         """Return the names of all registered suites, sorted, without a look at their copies."""
-        return sorted(json.loads(path.read_bytes())["name"] for path in self._root.glob("*.json"))
+        return list(self.digests())
 
     def suite(self, name: str) -> Suite:
         """Return one registered suite.
@@ -151,34 +188,50 @@ def evaluate(
 
 
 def pack_suite(path: Path, tokenizer: bytes, *, seq_len: int, max_tokens: int) -> PackedSuite:
-    """Tokenize one suite and thin it to at most ``max_tokens``.
+    """Tokenize one suite and thin it to at most ``max_tokens``, its completions to as many as there are rows.
 
     Raises:
         DataError: The file is missing, empty or shorter than one row.
     """
-    texts, _ = read_texts(path)
+    records = [record for record in read_jsonl(path) if isinstance(record, Row)]
+    texts = [record.text for record in records] or read_texts(path)[0]
     encoder = load_tokenizer(tokenizer)
+    end = end_of_text_id(encoder)
     rows = pack(texts, encoder, seq_len, source=path, key="evaluation.seq_len")
-    chosen = rows[evenly_spaced(len(rows), max(1, max_tokens // seq_len))]
-    text_tokens = int((rows[:, 1:] != end_of_text_id(encoder)).sum())
-    chosen_tokens = int((chosen[:, 1:] != end_of_text_id(encoder)).sum())
+    kept = evenly_spaced(len(rows), max(1, max_tokens // seq_len))
+    ended = np.cumsum((rows[:, :-1] == end).sum(axis=1)) - (rows[:, :-1] == end).sum(axis=1)
+    lines = np.array([record.line for record in records])[np.minimum(ended[kept], len(records) - 1)]
+    chosen = rows[kept]
+    text_tokens, chosen_tokens = (int((each[:, 1:] != end).sum()) for each in (rows, chosen))
     n_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    return PackedSuite(tokens=chosen, n_bytes=n_bytes * chosen_tokens / max(1, text_tokens))
+    pairs = read_pairs(path)
+    wanted = [pairs[i] for i in evenly_spaced(len(pairs), max(1, max_tokens // seq_len))] if pairs else []
+    return PackedSuite(
+        tokens=chosen,
+        lines=lines,
+        n_bytes=n_bytes * chosen_tokens / max(1, text_tokens),
+        pairs=pack_pairs(wanted, tokenizer, seq_len=seq_len),
+    )
 
 
 def measure(model: nn.Module, suite: PackedSuite) -> SuiteResult:
     """Measure a model on one packed suite; a loss that is not finite is NaN, which the gate fails."""
-    from fednested_lib.training import mean_loss
+    from tier1.evaluation.forward import run_rows
 
-    try:
-        nats, n_tokens = mean_loss(model, suite.tokens, BATCH_ROWS)
-    except TrainingError:
-        nats, n_tokens = math.nan, suite.tokens[:, 1:].size
+    found = run_rows(model, suite.tokens, BATCH_ROWS)
+    per_row, n_tokens = suite.tokens.shape[1] - 1, suite.tokens[:, 1:].size
+    nats = float(found.nats.sum()) / n_tokens
     return SuiteResult(
-        nats_per_token=nats,
+        nats_per_token=nats if math.isfinite(nats) else math.nan,
         bits_per_byte=nats * n_tokens / (suite.n_bytes * math.log(2)),
         n_tokens=n_tokens,
         n_bytes=round(suite.n_bytes),
+        rows=sha256_hex(np.ascontiguousarray(suite.tokens).tobytes()),
+        lines=suite.lines.tolist(),
+        row_nats=(found.nats / per_row).tolist(),
+        row_hits=(found.hits / per_row).tolist(),
+        completions=exact_matches(model, *suite.pairs, BATCH_ROWS),
+        routed={str(layer): counts.tolist() for layer, counts in sorted(found.routed.items())},
     )
 
 

@@ -140,6 +140,7 @@ class ModelVersion:
         chain_head: digest of the newest chain entry at the time of registration.
         policy_decision: id of the access decision under which the version was made; None for genesis.
         losses: mean loss per evaluation suite, nats per token.
+        metrics: what else was measured, by the name that the registry shows.
     """
 
     version: int
@@ -149,6 +150,7 @@ class ModelVersion:
     chain_head: str
     policy_decision: str | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def manifest_digest(self) -> str:

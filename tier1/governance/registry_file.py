@@ -67,6 +67,7 @@ class FileRegistry(RepairableRegistry):
                 "number": number,
                 "tags": version.tags() | {"chain_head": version.chain_head},
                 "losses": dict(version.losses),
+                "metrics": dict(version.metrics),
                 "files": files,
             }
             document["entries"].append(entry)

@@ -1,7 +1,7 @@
 """The registry on a real MLflow server: logged models, model versions, aliases; never stages.
 
-Per version: one run with the loss of every suite, one logged model with `manifest.json` and `snapshot.json` as its
-artifacts, one model version with the tags that name it. Weights stay in the blob store; the snapshot names them.
+Per version: one run with what was measured on every suite, one logged model with `manifest.json` and `snapshot.json` as
+its artifacts, one model version with the tags that name it. Weights stay in the blob store; the snapshot names them.
 
 Traps of MLflow 3.17 that this module knows: telemetry is on by default; retries make a dead server hang for minutes; a
 missing alias is reported as an invalid parameter; `create_model_version` accepts any foreign source such as `s3://evil`,
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tier1.governance.registry import RepairableRegistry
 
 OURS = "models:/m-"
 ANCHOR = "chain_head"
+BATCH = 1000  # metrics that MLflow takes at once
 REMEDY = "start the server, or set registry.uri"
 # a refused connection and a 500 are both INTERNAL_ERROR to MLflow's client
 UNREACHABLE = {
@@ -105,8 +107,7 @@ class MlflowRegistry(RepairableRegistry):
             _create_if_absent(lambda: client.create_registered_model(self.model_name))
             experiment = self._experiment(client)
             run_id = client.create_run(experiment, run_name=f"version {version.version}", tags=tags).info.run_id
-            for suite, loss in sorted(version.losses.items()):
-                client.log_metric(run_id, f"loss.{suite}", loss, step=version.version)
+            _log_metrics(client, run_id, version)
             model_id = self._log_model(client, experiment, run_id, version, tags)
             entry = client.create_model_version(
                 self.model_name, f"models:/{model_id}", run_id, tags=tags, await_creation_for=0, model_id=model_id
@@ -178,6 +179,16 @@ class MlflowRegistry(RepairableRegistry):
             raise GovernanceError(
                 f"MLflow at {self.uri} refused ({line}): check permissions and registry.uri"
             ) from error
+
+
+def _log_metrics(client: Any, run_id: str, version: ModelVersion) -> None:
+    from mlflow.entities import Metric
+
+    named = {f"loss.{suite}": loss for suite, loss in version.losses.items()} | dict(version.metrics)
+    now_ms = int(time.time() * 1000)
+    metrics = [Metric(name, value, now_ms, version.version) for name, value in sorted(named.items())]
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + BATCH])
 
 
 def _registered(entry: Any) -> Registered:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,6 @@ from tier1.versions.candidates import save_candidate, snapshot_of
 from tier1.versions.manifest import Candidate, Cut, Inputs
 
 if TYPE_CHECKING:
-    from fednested_lib.snapshot import SnapshotManifest
     from tier1.versions.admission import Admission
 
 log = structlog.get_logger()
@@ -109,7 +109,11 @@ def fold_updates(fed: Federation, cut: CutRef) -> CandidateRef:
     """
     if cut.n_records == 0:
         return CandidateRef(digest="", parent_version=fed.chain.state().head.version, n_accepted=0, n_refused=0)
-    candidate = fold_cut(fed, _load_cut(cut))
+    return keep_candidate(fed, fold_cut(fed, load_cut(cut)))
+
+
+def keep_candidate(fed: Federation, candidate: Candidate) -> CandidateRef:
+    """Store a folded candidate and say what it holds."""
     digest = save_candidate(fed.home, candidate)
     n_accepted, n_refused = len(candidate.accepted), len(candidate.refused)
     head = candidate.parent_version
@@ -119,6 +123,12 @@ def fold_updates(fed: Federation, cut: CutRef) -> CandidateRef:
 
 def fold_cut(fed: Federation, cut: Cut) -> Candidate:
     """Authorise, admit, record lineage, and fold a cut on the current head."""
+    admission, fold = admit_cut(fed, cut)
+    return probe(fed, fold(admission), admission, fold)
+
+
+def admit_cut(fed: Federation, cut: Cut) -> tuple[Admission, Callable[..., Candidate]]:
+    """Authorise, admit and record lineage; return what was admitted, and what folds an admission on the head of now."""
     from tier1.versions.admission import admit
     from tier1.versions.build import fold_candidate
     from tier1.versions.cut import read_cut
@@ -145,25 +155,29 @@ def fold_cut(fed: Federation, cut: Cut) -> Candidate:
         authorisation=grant.id,
         lineage=record_fold(fed, cut, grant.id),
     )
-    candidate = fold(admission)
-    if settings.probe is None or not candidate.accepted:
+    return admission, fold
+
+
+def probe(
+    fed: Federation, candidate: Candidate, admission: Admission, fold: Callable[[Admission], Candidate]
+) -> Candidate:
+    """Fold again without the updates that raise the loss of the suites, where the fold of all of them leads."""
+    if candidate.settings.probe is None or not candidate.accepted:
         return candidate
-    judged = probe(fed, snapshot_of(candidate), admission)
+    judged = _probed(fed, candidate, admission)
     return candidate if len(judged.updates) == len(admission.updates) else fold(judged)
 
 
-def probe(fed: Federation, folded: SnapshotManifest, admission: Admission) -> Admission:
-    """Refuse updates that raise the loss of the suites, where the fold of all of them leads."""
+def _probed(fed: Federation, candidate: Candidate, admission: Admission) -> Admission:
     from tier1.evaluation.probe import probed
-    from tier1.loops.evaluate_and_promote import registered_suites
+    from tier1.loops.gate_candidate import registered_suites
 
-    assert fed.config.aggregation.probe is not None, "the probe is on"
     limits = fed.config.evaluation
     return probed(
         admission,
-        folded,
+        snapshot_of(candidate),
         {suite.name: suite.path for suite in registered_suites(fed).values()},
-        margin=fed.config.aggregation.probe,
+        margin=candidate.settings.probe,
         blobs=fed.blobs,
         archive=fed.archive,
         seq_len=limits.seq_len,
@@ -200,7 +214,12 @@ def record_fold(fed: Federation, cut: Cut, decision_id: str) -> list[str]:
     return list(fed.lineage.record(run_event(run)))
 
 
-def _load_cut(ref: CutRef) -> Cut:
+def load_cut(ref: CutRef) -> Cut:
+    """Read a stored cut.
+
+    Raises:
+        ConfigError: there is none at its path.
+    """
     try:
         return Cut.model_validate_json(Path(ref.path).read_bytes())
     except FileNotFoundError as error:

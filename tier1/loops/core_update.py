@@ -34,8 +34,10 @@ from tier1.versions.dense_update import make_dense
 from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
 
 if TYPE_CHECKING:
+    from tier1.training.backends import Backend
     from tier1.training.checkpoint import Checkpoints, Found, Mirror
     from tier1.training.core_update import DenseDelta
+    from tier1.training.deepspeed_config import DeepSpeedSettings
 
 log = structlog.get_logger()
 
@@ -146,6 +148,8 @@ def _train(
         batch_size=core.batch_size,
         learning_rate=core.learning_rate,
         seed=core.seed,
+        micro_batch=core.micro_batch,
+        activation_checkpointing=core.activation_checkpointing,
         threads=core.threads,
     )
     packed = PackedDataset(
@@ -163,6 +167,7 @@ def _train(
             packed,
             settings,
             fed.archive,
+            backend=_engine(core.deepspeed),
             ranks=ranks,
             moments=before[0].state if before and before[0] else None,
             keep_state=core.schedule_steps is not None,
@@ -186,6 +191,16 @@ def _begin(fed: Federation, before: list[Found | None]) -> int:
     """Read what this cluster's run before has kept into `before` and return the step that it ended with."""
     before.append(last_state(fed))
     return before[0].progress.step if before[0] else 0
+
+
+def _engine(chosen: DeepSpeedSettings | None) -> Backend:
+    if chosen is None:
+        from tier1.training.backends import TorchBackend
+
+        return TorchBackend()
+    from tier1.training.deepspeed_backend import DeepSpeedBackend
+
+    return DeepSpeedBackend(chosen)
 
 
 def _checkpoints(fed: Federation, run_id: str, mirror: Mirror | None) -> Checkpoints | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fcntl
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -43,6 +43,7 @@ from tier1.loops.records import MAX_FINDINGS, EngineReport, Finding
 MAX_READ = 1_000_000  # records of one turn and partition, the newest
 MAX_PER_TURN = 64  # records of one device that make its row of the turn, the newest
 MAX_ROWS = 1024  # of one device: more than an hourly turn makes in a month
+ELSEWHERE = "elsewhere"  # a device's of a region that somebody else listens to
 MAX_LOSS = 1e6  # nats per token; more is no loss of a model
 
 log = structlog.get_logger()
@@ -86,8 +87,23 @@ class Read:
     ignored: dict[str, int]
 
 
-def turn_engine(fed: Federation, *, now: float) -> EngineReport:
-    """Look once at the telemetry; `now` is in seconds since the epoch.
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """What of the topic is new: partition → [start, end), and the log that these offsets are of."""
+
+    log_id: str
+    ranges: dict[int, tuple[int, int]]
+
+
+def turn_engine(
+    fed: Federation, *, now: float, listen: Callable[[Federation, EngineState], Read] | None = None
+) -> EngineReport:
+    """Look once at the telemetry.
+
+    Args:
+        fed: the federation.
+        now: seconds since the epoch.
+        listen: reads what is new for a state; by default here and all of it.
 
     Raises:
         StorageError: the state cannot be read or written, or another turn runs.
@@ -99,7 +115,7 @@ def turn_engine(fed: Federation, *, now: float) -> EngineReport:
         path = fed.home / "data-engine" / "state.json"
         left = load_state(path)
         state = _send_pending(fed, path, left)
-        read = read_telemetry(fed.log, state, fed.config.devices, federation=fed.config.federation)
+        read = (listen or listen_here)(fed, state)
         new, findings = next_state(state, read, fed, now=now)
         _save(path, new)
         failpoint("data_engine.after_decision")
@@ -135,37 +151,63 @@ def load_state(path: Path) -> EngineState:
         ) from None
 
 
+def listen_here(fed: Federation, state: EngineState) -> Read:
+    """Read all that is new for a state of the engine."""
+    return read_telemetry(fed.log, state, fed.config.devices, federation=fed.config.federation)
+
+
 def read_telemetry(
-    update_log: UpdateLog, state: EngineState, devices: Mapping[ClientId, DeviceRecord], *, federation: str
+    update_log: UpdateLog,
+    state: EngineState,
+    devices: Mapping[ClientId, DeviceRecord],
+    *,
+    federation: str,
+    span: Span | None = None,
+    region: str | None = None,
 ) -> Read:
     """Read what is new and keep what registered devices of this federation signed, each sequence number once.
 
-    From another log, or one that ends before the remembered offset, all is read: what was counted before is not again.
+    Args:
+        update_log: has the topic.
+        state: says what was counted before.
+        devices: registered ones.
+        federation: whose telemetry counts.
+        span: what is new; by default where `state` ended until now.
+        region: of the devices that are heard; of the others no signature is looked at. None: all of them.
 
     Raises:
         TransportError: the log does not answer.
         LogError: records vanished while they were read.
     """
-    log_id, ends = update_log.identity(TELEMETRY), update_log.watermarks(TELEMETRY)
-    offsets = state.offsets if log_id == state.log_id else {}
-    ranges = {place: (_start(offsets.get(str(place), low), low, high), high) for place, (low, high) in ends.items()}
+    span = span or new_span(update_log, state)
     last = {client: _last_sequence(state.devices.get(client), device) for client, device in devices.items()}
     events: dict[ClientId, deque[TrainingTelemetry]] = {}
     verdicts: Counter[str] = Counter()
-    for record in update_log.read(TELEMETRY, ranges):
-        verdict, event = judge(record, devices, last, federation)
+    for record in update_log.read(TELEMETRY, span.ranges):
+        verdict, event = judge(record, devices, last, federation, region)
         verdicts[verdict] += 1
         if event is not None:
             last[event.client_id] = event.sequence
             events.setdefault(event.client_id, deque(maxlen=MAX_PER_TURN)).append(event)
-    counted = verdicts.pop("", 0)
+    counted, _ = verdicts.pop("", 0), verdicts.pop(ELSEWHERE, 0)
     return Read(
-        log_id=log_id,
-        offsets={str(place): high for place, (_, high) in ends.items()},
+        log_id=span.log_id,
+        offsets={str(place): high for place, (_, high) in span.ranges.items()},
         events={client: list(told) for client, told in events.items()},
         counted=counted,
         ignored=dict(sorted(verdicts.items())),
     )
+
+
+def new_span(update_log: UpdateLog, state: EngineState) -> Span:
+    """Return what is new for a state; from another log, or one that ends before the remembered offset, it is all.
+
+    What was counted before is not again, whatever is read twice.
+    """
+    log_id, ends = update_log.identity(TELEMETRY), update_log.watermarks(TELEMETRY)
+    offsets = state.offsets if log_id == state.log_id else {}
+    ranges = {place: (_start(offsets.get(str(place), low), low, high), high) for place, (low, high) in ends.items()}
+    return Span(log_id=log_id, ranges=ranges)
 
 
 def _last_sequence(old: Remembered | None, device: DeviceRecord) -> int:
@@ -178,7 +220,11 @@ def _start(offset: int, low: int, high: int) -> int:
 
 
 def judge(
-    record: Record, devices: Mapping[ClientId, DeviceRecord], last: Mapping[ClientId, int], federation: str
+    record: Record,
+    devices: Mapping[ClientId, DeviceRecord],
+    last: Mapping[ClientId, int],
+    federation: str,
+    region: str | None = None,
 ) -> tuple[str, TrainingTelemetry | None]:
     """Return an empty reason and the event if a record counts, else why it does not, and None."""
     try:
@@ -191,6 +237,8 @@ def judge(
         return "foreign_federation", None
     if event.client_id not in devices:
         return "unknown_client", None
+    if region not in (None, devices[event.client_id].region):
+        return ELSEWHERE, None
     if event.sequence <= last[event.client_id]:
         return "repeated", None
     signature = dict(record.headers).get(SIGNATURE_HEADER, b"").decode("ascii", "replace")

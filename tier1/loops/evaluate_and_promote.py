@@ -17,19 +17,18 @@ import structlog
 
 from fednested_lib.errors import ChainConflict, GovernanceError, PromotionBlocked
 from fednested_lib.failpoints import failpoint
-from tier1.evaluation.gate import judge
-from tier1.evaluation.suites import Suite, SuiteRegistry, SuiteResult
 from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput, parse_decision
 from tier1.governance.ports import AccessDecision, AccessRequest
 from tier1.loops.anchors import require_whole_chain
+from tier1.loops.gate_candidate import gate_candidate
 from tier1.loops.genesis import now_text
 from tier1.loops.records import CandidateRef, Outcome, Settled
 from tier1.loops.views import sync_views
-from tier1.versions.candidates import load_candidate, newest_first, save_candidate, snapshot_of
-from tier1.versions.manifest import Candidate, Decision, GateRecord, SuiteChange, Version
+from tier1.versions.candidates import load_candidate, newest_first, save_candidate
+from tier1.versions.manifest import Candidate, Decision, GateRecord, Version
 from tier1.versions.settings import Rates
-from tier1.versions.state import ChainState, Sealed, VersionView, continues
+from tier1.versions.state import ChainState, Sealed, continues
 
 log = structlog.get_logger()
 NOTHING = Settled(
@@ -116,45 +115,6 @@ def _settled(fed: Federation, sealed: Sealed) -> Settled:
         tries=len(body.tries),
         reason=(last.gate.reason if last and last.gate else "") if is_version else body.reason,
     )
-
-
-def gate_candidate(fed: Federation, candidate: Candidate) -> GateRecord:
-    """Evaluate a candidate and its parent on every suite and judge the difference: the automatic gate."""
-    parent = fed.chain.state().versions[candidate.parent_version]
-    after = snapshot_of(candidate)
-    bound = fed.config.evaluation.max_regression
-    report = judge(measure(fed, parent.snapshot), measure(fed, after), max_regression=bound)
-    rows = [
-        SuiteChange(suite=r.suite, before=r.before, after=r.after, bound=r.bound, passed=r.passed) for r in report.rows
-    ]
-    return GateRecord(candidate=candidate.digest(), passed=report.passed, reason=report.reason, rows=rows)
-
-
-def measure(fed: Federation, snapshot, suites: dict[str, Suite] | None = None) -> dict[str, SuiteResult]:
-    """Measure a snapshot on some suites; on every suite that was ever registered, if they are not named."""
-    from tier1.evaluation.measured import measure_snapshot
-
-    settings = fed.config.evaluation
-    return measure_snapshot(
-        snapshot,
-        registered_suites(fed) if suites is None else suites,
-        fed.blobs,
-        seq_len=settings.seq_len,
-        max_tokens=settings.max_tokens,
-        reports=fed.home / "reports",
-    )
-
-
-def registered_suites(fed: Federation) -> dict[str, Suite]:
-    """Return every suite that was ever registered, those of the configuration included."""
-    return suite_registry(fed).suites()
-
-
-def suite_registry(fed: Federation) -> SuiteRegistry:
-    """Return the register of suites, those of the configuration included."""
-    registry = SuiteRegistry(fed.home / "suites")
-    registry.register(fed.config.evaluation.suites)
-    return registry
 
 
 def waiting_versions(fed: Federation) -> list[tuple[int, str]]:
@@ -386,8 +346,3 @@ def _reference(digest: str, candidate: Candidate) -> CandidateRef:
         n_accepted=len(candidate.accepted),
         n_refused=len(candidate.refused),
     )
-
-
-def losses_of(fed: Federation, view: VersionView) -> dict[str, float]:
-    """Return the loss per suite of a version, nats per token."""
-    return {name: result.nats_per_token for name, result in measure(fed, view.snapshot).items()}

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from html import escape
 
 from tier1.federation import Federation
-from tier1.loops.evaluate_and_promote import measure, newest_candidate, suite_registry
+from tier1.loops.evaluate_and_promote import newest_candidate
+from tier1.loops.gate_candidate import measure, suite_registry
 from tier1.loops.records import SuiteLoss, SuitesMeasured
 from tier1.versions.candidates import load_candidate, snapshot_of
 

@@ -1,8 +1,15 @@
-"""Version 0: the tokenizer from tier-1 text and a model of seeded random weights, signed as the chain's first entry."""
+"""Version 0, signed as the chain's first entry: a tokenizer and a model.
+
+Either the tokenizer is trained on tier-1 text and the weights are seeded random numbers, or both are those of an open
+model in a local directory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -12,6 +19,11 @@ from fednested_lib.snapshot import describe_config, write_state_dict
 from tier1.federation import Federation
 from tier1.versions.manifest import Genesis
 from tier1.versions.state import ChainState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tier1.config import ModelConfig
 
 log = structlog.get_logger()
 
@@ -27,7 +39,7 @@ def ensure_genesis(fed: Federation) -> ChainState:
     Raises:
         PolicyDenied: this principal may not train on a governed dataset; nothing is read.
         DataError: the tier-1 text is missing or too small for the vocabulary.
-        ConfigError: model.config makes no model.
+        ConfigError: model.config makes no model, or model.pretrained is none.
         TransportError: the log does not answer.
     """
     if not fed.chain.exists():
@@ -39,22 +51,13 @@ def ensure_genesis(fed: Federation) -> ChainState:
 
 
 def _genesis(fed: Federation) -> Genesis:
-    from fednested_lib.text import read_texts
     from tier1.aggregation.fold import numeric_profile
-    from tier1.training.model import TINY_MIXTRAL, initial_model
-    from tier1.training.tokenizer import train_tokenizer
 
     settings, datasets = fed.config.model, fed.config.core.datasets
     for name in sorted(datasets):  # the tokenizer is trained on them: all are asked for before any is read
         fed.authorise("train", f"dataset:{name}", purpose="core-update")
-    texts = (text for name in sorted(datasets) for text in read_texts(datasets[name])[0])
-    tokenizer = fed.blobs.put(train_tokenizer(texts, settings.vocab_size))
-    shape = {
-        **(TINY_MIXTRAL if settings.family == "mixtral" else {}),
-        **settings.config,
-        "vocab_size": settings.vocab_size,
-    }
-    model = initial_model(settings.family, shape, settings.seed)
+    data, model = _given(settings.pretrained, settings.family) if settings.pretrained else _fresh(settings, datasets)
+    tokenizer = fed.blobs.put(data)
     blobs = write_state_dict(model.state_dict(), settings.family, fed.blobs)
     log.info("genesis.made", family=settings.family, parameters=model.num_parameters(), blobs=len(blobs))
     return Genesis(
@@ -68,3 +71,25 @@ def _genesis(fed: Federation) -> Genesis:
         trainer=fed.config.identity.principal,
         created_at=now_text(),
     )
+
+
+def _fresh(settings: ModelConfig, datasets: Mapping[str, Path]) -> tuple[bytes, PreTrainedModel]:
+    from fednested_lib.text import read_texts
+    from tier1.training.model import TINY_MIXTRAL, initial_model
+    from tier1.training.tokenizer import train_tokenizer
+
+    texts = (text for name in sorted(datasets) for text in read_texts(datasets[name])[0])
+    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    shape = {
+        **(TINY_MIXTRAL if settings.family == "mixtral" else {}),
+        **settings.config,
+        "vocab_size": settings.vocab_size,
+    }
+    return tokenizer, initial_model(settings.family, shape, settings.seed)
+
+
+def _given(path: Path, family: str) -> tuple[bytes, PreTrainedModel]:
+    from tier1.training.model import pretrained_model, pretrained_tokenizer
+
+    model = pretrained_model(path, family)
+    return pretrained_tokenizer(path, model.config.vocab_size), model

@@ -105,6 +105,14 @@ class CandidateRef:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardFolded:
+    """One shard of a planned fold is in the store: how many expert slices it has."""
+
+    shard: int
+    n_slices: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SuiteLoss:
     """Loss of a candidate's parent and of the candidate on one suite, nats per token; maybe not finite."""
 
@@ -149,12 +157,16 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """The champion as devices can fetch it; `version` -1 means that there is no champion yet."""
+    """The champion as devices can fetch it; `version` -1 means that there is no champion yet.
+
+    `onnx` is the digest of the record of its ONNX graph, or why there is none; empty if none was asked for.
+    """
 
     version: int
     snapshot: str
     n_blobs: int
     n_bytes: int
+    onnx: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +207,15 @@ class Finding:
             f"{self.kind} {self.subject} {self.status}: {self.value:.3g}, raised at {self.raise_at:g}, cleared below "
             f"{self.clear_at:g}; {self.devices} devices, {self.records} records in {self.window_s:g} s; {asked}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionHeard:
+    """The new telemetry of one region was read: its devices that told something, and their records that count."""
+
+    region: str
+    devices: int
+    counted: int
 
 
 @dataclass(frozen=True, kw_only=True)

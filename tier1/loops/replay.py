@@ -8,10 +8,13 @@ from collections.abc import Iterator
 
 from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import ChainCorrupt, ChainError, SnapshotError
+from tier1.evaluation.utilisation import ExpertUse
 from tier1.federation import Federation
 from tier1.loops.anchors import check_end
+from tier1.loops.gate_candidate import kept_use
 from tier1.loops.reports import find_candidate
 from tier1.versions.audit import AuditRow, audit, rows_of
+from tier1.versions.candidates import snapshot_of
 from tier1.versions.manifest import LogAccepted, Rejection, SuiteChange, Version
 from tier1.versions.new_log import lost_text
 from tier1.versions.replay import replay, verify_archive, verify_blobs, verify_log
@@ -133,12 +136,26 @@ def audit_candidate(fed: Federation, digest: str) -> Iterator[str]:
     tries = (one for body in bodies if isinstance(body, Version | Rejection) for one in body.tries)
     for gate in (one.gate for one in tries if one.candidate == digest and one.gate is not None):
         yield from map(_suite_line, gate.rows)
+    yield from map(_use_line, kept_use(fed, snapshot_of(candidate)))
     yield from map(_audit_line, rows_of(candidate))
 
 
 def _suite_line(row: SuiteChange) -> str:
     verdict = "ok" if row.passed else "failed"
-    return f"  suite     {row.suite}  before {row.before}  after {row.after}  bound {row.bound:g}  {verdict}"
+    spread = (
+        "" if row.change_interval is None else f"  change {row.change_interval[0]:+.4f}..{row.change_interval[1]:+.4f}"
+    )
+    shares = {"accuracy": row.accuracy, "completions": row.completions}
+    known = "".join(f"  {name} {share:.4f}" for name, share in shares.items() if share is not None)
+    lines = f"  most from line {', '.join(map(str, row.worst_lines))}" if row.worst_lines else ""
+    losses = f"before {row.before}  after {row.after}  bound {row.bound:g}  {verdict}"
+    return f"  suite     {row.suite}  {losses}{spread}{known}{lines}"
+
+
+def _use_line(use: ExpertUse) -> str:
+    shares = "  ".join(f"{suite} {share:.4f}" for suite, share in use.shares.items())
+    standing = ", ".join(use.standing) or "-"
+    return f"  expert    {use.name}  load {use.load:.3f}  specialisation {use.specialisation:.3f}  {standing}  {shares}"
 
 
 def _audit_line(row: AuditRow) -> str:

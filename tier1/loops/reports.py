@@ -6,6 +6,7 @@ all: nobody reads a page of 3 MB for 10,000 updates, and Flyte's console loads i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
@@ -13,46 +14,85 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from fednested_lib.errors import ChainError
+from tier1.evaluation.utilisation import DEAD, OVERLOADED, SPECIALISED, STANDINGS, ExpertUse
 from tier1.federation import Federation
+from tier1.loops.gate_candidate import kept_use
 from tier1.loops.records import CandidateRef, Published, Settled
-from tier1.versions.candidates import load_candidate
+from tier1.versions.candidates import load_candidate, snapshot_of
 from tier1.versions.manifest import Accepted, Candidate, GateRecord, Refused, Rejection, SuiteChange, Try, Version
 
 PAGE_BYTES = 100_000  # of a task's decks together, Flyte's page of 4 kB included
-TABLE_BYTES = PAGE_BYTES // 7  # five tables at most, and what stands around them
+TABLE_BYTES = PAGE_BYTES // 8  # six tables at most, and what stands around them
+NAMED_SUITES = 6  # of an expert, in the cell of its shares
 MAX_TEXT = 1_000
 ACCEPTED = ("client", "sequence", "base", "staleness", "tokens", "norm", "clip", "weight")
 ACCEPTED += ("trust", "cosine", "distance", "bytes")
+GATE = ("suite", "before", "after", "change", "bound", "perplexity", "accuracy", "completions", "verdict")
 T = TypeVar("T")
 
 
 def evaluation_html(fed: Federation, settled: Settled) -> str:
-    """Return the regression table of the last try: loss per domain before and after, bound, verdict; and where to look.
+    """Return the regression table of the last try, how the experts are used, and where to look.
 
-    At most 40 kB.
+    At most 45 kB.
     """
     tries = _tries(fed, settled)
     if not tries or tries[-1].gate is None:
         return f"<p>{_short(settled.reason) or 'Nothing was evaluated.'}</p>"
-    return gate_html(tries, tries[-1].gate) + _against_champion(fed, settled) + _links(fed, settled)
+    gate = gate_html(tries, tries[-1].gate)
+    return gate + _against_champion(fed, settled) + _use_of(fed, settled) + _links(fed, settled)
 
 
 def gate_html(tries: list[Try], gate: GateRecord) -> str:
     """Return the table of one gate's record, what failed first; every name is escaped."""
     verdict = "passed" if gate.passed else "failed"
     rows = sorted(gate.rows, key=lambda row: row.passed)
-    table = _table(("suite", "before", "after", "change", "bound", "verdict"), rows, _suite_cells, gate.candidate)
+    table = _table(GATE, rows, _suite_cells, gate.candidate)
     return (
         f"<h3>Automatic gate {verdict} after {len(tries)} tries</h3>"
-        f"<p>{_short(gate.reason)}. Losses are nats per token on held-out text.</p>{table}"
-        f"<p>{_short(_try_text(tries))}</p>"
+        f"<p>{_short(gate.reason)}. Losses are nats per token on held-out text; in brackets 95 % intervals, bootstrap "
+        "over the suite's rows. Accuracy: next tokens guessed; completions: written whole, greedily.</p>"
+        f"{table}<p>{_short(_try_text(tries))}</p>"
     )
 
 
 def _suite_cells(row: SuiteChange) -> tuple[str, ...]:
     verdict = "ok" if row.passed else "failed"
-    change = _change(row.before, row.after)
-    return row.suite, _number(row.before), _number(row.after), change, f"{row.bound:g}", verdict
+    losses = (_number(row.before), _number(row.after), _change(row.before, row.after) + _spread(row.change_interval))
+    held = f"{row.bound:g}" if row.judged_by == "mean" else f"{row.bound:g} ({row.judged_by} end)"
+    perplexity = "–" if row.after is None else f"{_exp(row.after):.4g}"
+    if row.after_interval is not None:
+        perplexity += f" ({_exp(row.after_interval[0]):.4g} to {_exp(row.after_interval[1]):.4g})"
+    shares = (_share(row.accuracy, row.accuracy_interval), _share(row.completions, row.completions_interval))
+    return row.suite, *losses, held, perplexity, *shares, verdict
+
+
+def _use_of(fed: Federation, settled: Settled) -> str:
+    """Return how the candidate's experts are used, as far as its measurements are kept here."""
+    candidate = find_candidate(fed, settled.candidate)
+    return use_html(kept_use(fed, snapshot_of(candidate)), settled.candidate) if candidate else ""
+
+
+def use_html(uses: list[ExpertUse], candidate: str) -> str:
+    """Return the table of experts, what stands out first."""
+    if not uses:
+        return ""
+    counts = ", ".join(f"{sum(each in use.standing for use in uses)} {each}" for each in STANDINGS)
+    table = _table(
+        ("expert", "load", "specialisation", "share of token slots", "standing"), uses, _use_cells, candidate
+    )
+    return (
+        f"<h3>Experts: {counts} of {len(uses)}</h3><p>Load is of the even share: 1 is balanced, below {DEAD:g} dead, "
+        f"above {OVERLOADED:g} overloaded. Specialisation: 0 serves all suites alike, 1 a single one; above "
+        f"{SPECIALISED:g} specialised.</p>{table}"
+    )
+
+
+def _use_cells(use: ExpertUse) -> tuple[str, ...]:
+    most = sorted(use.shares.items(), key=lambda item: (-item[1], item[0]))
+    shares = ", ".join(f"{suite} {share:.3f}" for suite, share in most[:NAMED_SUITES])
+    more = f" and {len(most) - NAMED_SUITES} more" if len(most) > NAMED_SUITES else ""
+    return use.name, f"{use.load:.2f}", f"{use.specialisation:.2f}", shares + more, ", ".join(use.standing) or "–"
 
 
 def _against_champion(fed: Federation, settled: Settled) -> str:
@@ -127,7 +167,7 @@ def published_html(published: Published) -> str:
         return "<p>There is no champion yet: nothing was published.</p>"
     return (
         f"<p>Version {published.version}: {published.n_blobs} blobs, {published.n_bytes / 1e6:.1f} MB, "
-        f"manifest {published.snapshot}.</p>"
+        f"manifest {published.snapshot}.</p>" + (f"<p>ONNX: {_short(published.onnx)}.</p>" if published.onnx else "")
     )
 
 
@@ -181,6 +221,20 @@ def _short(text: str) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def _spread(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:+.4f} to {interval[1]:+.4f})"
+
+
+def _share(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2%}" if interval is None else f"{value:.2%} ({interval[0]:.2%} to {interval[1]:.2%})"
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # beyond it a float overflows; such a model is broken anyway
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -66,9 +66,11 @@ def registry_state(fed: Federation) -> RegistryState:
 
 
 def _model_version(fed: Federation, state: ChainState, number: int) -> ModelVersion:
-    from tier1.loops.evaluate_and_promote import losses_of
+    from tier1.evaluation.metrics import metrics_of
+    from tier1.loops.gate_candidate import measure
 
     view = state.versions[number]
+    measured = measure(fed, view.snapshot)
     sealed = fed.chain.entries()[view.seq]
     body = sealed.entry.body
     return ModelVersion(
@@ -78,7 +80,8 @@ def _model_version(fed: Federation, state: ChainState, number: int) -> ModelVers
         weights_digest=view.base_digest,
         chain_head=state.digest,
         policy_decision=None if isinstance(body, Genesis) else body.candidate.authorisation,
-        losses=losses_of(fed, view),
+        losses={suite: result.nats_per_token for suite, result in measured.items()},
+        metrics=metrics_of(measured),
     )
 
 
@@ -145,7 +148,7 @@ def _for_new_cuts(
 def _record_versions(fed: Federation, entries: list[Sealed]) -> None:
     """Link each version of the chain to its registry entry in the lineage outbox, once."""
     from tier1.governance.lineage import MadeVersion, version_event
-    from tier1.loops.evaluate_and_promote import losses_of
+    from tier1.loops.gate_candidate import losses_of
 
     state = fed.chain.state()
     missing = [

@@ -1,8 +1,9 @@
 """How one training step is computed and where the weights live.
 
-`Backend` is the seam where another engine (DeepSpeed) comes in. One process with plain torch is right up to some
-hundred million parameters, and in tests (DeepSpeed costs 1.3 to 2.1 times as much there); several ranks with it as long
-as weights and optimiser state fit each of them. What is minimised is in `tier1/training/loss.py`, the same for all.
+`Backend` is the seam for engines. One process with plain torch is right up to some hundred million parameters, and in
+tests; several ranks with it as long as weights and optimiser state fit each of them, else
+`tier1/training/deepspeed_backend.py`. Both name the training state alike, so that one goes on where the other ended.
+What is minimised is in `tier1/training/loss.py`, the same for all.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from fednested_lib.partition import Group, group_of
 from tier1.training.loss import Term, batch_loss
 from tier1.training.ranks import ALONE, Ranks
-from tier1.training.settings import TrainSettings
+from tier1.training.settings import ADAM_BETAS, TrainSettings
 
-WEIGHTS, _OPTIMIZER = "model.", "optimizer."
+WEIGHTS, OPTIMIZER = "model.", "optimizer."
 
 
 class Backend(Protocol):
@@ -44,7 +45,10 @@ class Backend(Protocol):
         """Return the weights under the in-memory names of transformers; every rank calls it."""
 
     def training_state(self) -> dict[str, Tensor]:
-        """Return weights (named `WEIGHTS`…) and optimiser state: what the next step depends on; all ranks call."""
+        """Return weights and optimiser state by name: all that the next step depends on.
+
+        Every rank calls it; rank 0's answer is the whole, and counts.
+        """
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from such a state, after `prepare`."""
@@ -58,19 +62,22 @@ class TorchBackend:
 
     def prepare(self, model: nn.Module, settings: TrainSettings, family: str, ranks: Ranks = ALONE) -> None:
         """Take the model over."""
-        self._model, self._settings, self._ranks = model.train().requires_grad_(True).to(ranks.device), settings, ranks
+        self._model, self._settings, self._ranks = ready(model, settings).to(ranks.device), settings, ranks
         groups = parameter_groups(model, settings, family)
         self._peaks = [group["lr"] for group in groups]
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        self._optimizer = torch.optim.AdamW(groups, betas=ADAM_BETAS)
 
     def step(self, rows: Tensor, rate: float) -> float:
         """Take one optimiser step; NaN and no step if loss or gradient is not finite."""
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
         self._optimizer.zero_grad(set_to_none=True)
-        rows = rows.to(self._ranks.device)
-        total, loss = batch_loss(self._model, rows, self._settings, self._ranks, self._terms)
-        total.backward()
+        loss = torch.zeros((), device=self._ranks.device)
+        passes = rows.to(self._ranks.device).split(self._settings.rows_per_pass(self._ranks.world_size))
+        for part in passes:
+            total, of_part = batch_loss(self._model, part, self._settings, self._ranks, self._terms)
+            (total / len(passes)).backward()
+            loss += of_part / len(passes)
         self._ranks.mean_([p.grad for p in self._model.parameters() if p.grad is not None] + [loss])
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.grad_clip)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
@@ -88,7 +95,7 @@ class TorchBackend:
         for name, parameter in self._model.named_parameters():
             state[WEIGHTS + name] = parameter.detach()
             for key, tensor in self._optimizer.state[parameter].items():
-                state[f"{_OPTIMIZER}{key}.{name}"] = tensor
+                state[f"{OPTIMIZER}{key}.{name}"] = tensor
         return state
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
@@ -96,7 +103,7 @@ class TorchBackend:
         for name, parameter in self._model.named_parameters():
             parameter.data.copy_(state[WEIGHTS + name])
             self._optimizer.state[parameter] = {
-                key: _on_device(key, state[f"{_OPTIMIZER}{key}.{name}"], parameter)
+                key: _on_device(key, state[f"{OPTIMIZER}{key}.{name}"], parameter)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
 
@@ -104,6 +111,13 @@ class TorchBackend:
 def _on_device(key: str, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     # AdamW counts its steps on the CPU, wherever the weights are.
     return tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+
+
+def ready(model: nn.Module, settings: TrainSettings) -> nn.Module:
+    """Return ``model`` made trainable as a whole."""
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train().requires_grad_(True)
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings, family: str) -> list[dict]:

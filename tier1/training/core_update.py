@@ -22,6 +22,8 @@ from tier1.training.ranks import ALONE, Ranks
 from tier1.training.settings import TrainSettings
 from tier1.training.trainer import OnStep, TrainReport, dense_delta, train
 
+_HOW = {"threads", "micro_batch", "activation_checkpointing"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseDelta:
@@ -125,6 +127,9 @@ def _store(
 
 
 def _identity(base: SnapshotManifest, dataset: PackedDataset, settings: TrainSettings) -> dict:
-    """Say what a run is: whoever goes on from its checkpoints must do the same. Threads and ranks may differ."""
-    parameters = {f"settings.{key}": value for key, value in asdict(settings).items() if key != "threads"}
+    """Say what a run is: whoever goes on from its checkpoints must do the same.
+
+    Threads, ranks, engine, micro-batch and what is kept of activations may differ: they are how, not what.
+    """
+    parameters = {f"settings.{key}": value for key, value in asdict(settings).items() if key not in _HOW}
     return {"base_digest": base.digest, "dataset_digest": dataset.digest, **parameters}

@@ -49,8 +49,9 @@ def batch_loss(
         TransportError: Another rank is gone.
     """
     output = model(input_ids=rows[:, :-1], output_router_logits=True, use_cache=False)
-    loss = nn.functional.cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten())
-    total = loss + settings.aux_loss * balancing_loss(output.router_logits, model.config.num_experts_per_tok, ranks)
+    loss = nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+    top_k = getattr(model, "module", model).config.num_experts_per_tok  # an engine wraps the model
+    total = loss + settings.aux_loss * balancing_loss(output.router_logits, top_k, ranks)
     for term in terms:
         total = total + term(model, rows, output)
     return total, loss.detach()

@@ -1,11 +1,17 @@
-"""The first model of a federation: a Mixture-of-Experts class of transformers with seeded random weights."""
+"""The first model of a federation: a Mixture-of-Experts class of transformers, its weights seeded or trained.
+
+Trained weights come from a directory as `save_pretrained` writes it. There each expert has names of its own, which
+transformers fuses while it loads: nothing else here reads such files.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fednested_lib.errors import ConfigError
+from fednested_lib.errors import ConfigError, DataError
 from fednested_lib.partition import check_family, group_of
 
 if TYPE_CHECKING:
@@ -63,3 +69,83 @@ def initial_model(family: str, config: Mapping[str, Any], seed: int) -> PreTrain
     for name, _ in model.named_parameters():
         group_of(name, family)
     return model
+
+
+def pretrained_model(path: Path, family: str) -> PreTrainedModel:
+    """Load an open model from a local directory, in fp32; nothing is downloaded.
+
+    Args:
+        path: Holds ``config.json`` and safetensors files.
+        family: ``mixtral``, ``qwen3_moe`` or ``olmoe``.
+
+    Raises:
+        ConfigError: ``path`` is no such directory, or holds a model of another family.
+        PartitionError: The family, or a parameter of the model, has no partition rule.
+        DataError: Weights are missing, damaged, or of another shape than its configuration says.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    found = _model_type(path)
+    if found != check_family(family):
+        check_family(str(found))
+        raise ConfigError(
+            f"model.pretrained {path} is of family {found}, model.family says {family}: set it to {found}"
+        )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            experts_implementation="grouped_mm",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"model.pretrained {path} cannot be loaded ({reason}): copy the model again") from error
+    odd = sorted(map(str, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]))
+    if odd:
+        raise DataError(
+            f"model.pretrained {path} does not have the weights of its config.json ({len(odd)} differ, first "
+            f"{odd[0]}): copy the model again"
+        )
+    for name, _ in model.named_parameters():
+        group_of(name, family)
+    return model
+
+
+def pretrained_tokenizer(path: Path, vocab_size: int) -> bytes:
+    """Return the bytes of the tokenizer that belongs to a model of ``vocab_size`` tokens.
+
+    Raises:
+        ConfigError: There is none, or it has more tokens than the model.
+        DataError: It has no end-of-text token.
+        SnapshotError: It cannot be parsed.
+    """
+    from fednested_lib.text import end_of_text_id, load_tokenizer
+
+    try:
+        data = (path / "tokenizer.json").read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"model.pretrained {path} has no tokenizer.json ({error.strerror}): copy the one that it was trained with"
+        ) from error
+    tokenizer = load_tokenizer(data)
+    end_of_text_id(tokenizer)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ConfigError(
+            f"tokenizer of model.pretrained {path} must have at most the model's {vocab_size} tokens, got "
+            f"{tokenizer.get_vocab_size()}: it is another model's; copy the one that it was trained with"
+        )
+    return data
+
+
+def _model_type(path: Path) -> object:
+    try:
+        return json.loads((path / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"model.pretrained {path} has no config.json with a model_type: give the directory of a transformers model"
+        ) from error

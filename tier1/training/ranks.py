@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BUCKET_ELEMENTS = 1 << 24  # 64 MiB of fp32 at a time: large enough for the network, small beside the gradients
+_CONNECTION = ("gloo", "nccl", "connection", "timed out")
 T = TypeVar("T")
 
 
@@ -75,7 +76,7 @@ class Ranks:
 
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with self._together():
+            with self.together():
                 dist.all_reduce(flat)
             flat /= self.world_size
             for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
@@ -121,7 +122,7 @@ class Ranks:
         if self.rank:
             tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in layout.items()}
         for name in sorted(tensors):
-            with self._together():
+            with self.together():
                 dist.broadcast(tensors[name], src=0)
         return dict(tensors)
 
@@ -134,22 +135,35 @@ class Ranks:
 
         data = torch.frombuffer(bytearray(canonical_json(document)), dtype=torch.uint8)
         size = torch.tensor([len(data)])
-        with self._together():
+        with self.together():
             dist.broadcast(size, src=0)
             data = data if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(data, src=0)
         return json.loads(bytes(data.numpy()))
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Name what a broken or silent connection between ranks means."""
+    def together(self) -> Iterator[None]:
+        """Name what a broken or silent connection between ranks means.
+
+        Raises:
+            TransportError: Another rank is gone.
+        """
         try:
             yield
-        except RuntimeError as error:  # torch has no narrower class for gloo's errors
+        except RuntimeError as error:
+            if not _of_connection(error):
+                raise
             raise TransportError(
                 f"rank {self.rank} of {self.world_size} lost another rank (it was killed, failed, or did not answer "
                 "within core.rank_timeout_s): run again under the same name, it goes on from the newest checkpoint"
             ) from error
+
+
+def _of_connection(error: RuntimeError) -> bool:
+    """Return whether ranks did not reach each other; for gloo's errors torch has no class of their own."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _CONNECTION)
 
 
 ALONE = Ranks()
@@ -176,7 +190,7 @@ def join_ranks(timeout_s: float) -> Iterator[Ranks]:
     if ranks.world_size == 1:
         yield ranks
         return
-    with ranks._together():
+    with ranks.together():
         if on_gpu:
             torch.cuda.set_device(device)
         # What ranks say to each other goes over gloo, also on GPUs: NCCL carries the gradients.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fednested_lib.errors import ConfigError
 from fednested_lib.partition import Group
+
+ADAM_BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,9 @@ class TrainSettings:
         aux_loss: Coefficient c_aux of the router balancing loss.
         grad_clip: Largest global gradient norm.
         seed: Of the order of the rows, and of the random numbers of every step.
+        micro_batch: Rows that a rank passes through the model at a time, ≥ 1; None is its whole share. The gradient is
+            summed over the passes; the balancing loss is then that of each pass over all ranks, not of the batch.
+        activation_checkpointing: Keep no activations within a layer, but compute them again on the way back.
         threads: CPU threads per rank; part of the numeric profile. More than one pays only on idle cores (OpenMP
             threads spin while they wait: set OMP_WAIT_POLICY=PASSIVE where other processes compete).
     """
@@ -40,6 +46,8 @@ class TrainSettings:
     aux_loss: float = 0.02
     grad_clip: float = 1.0
     seed: int = 0
+    micro_batch: int | None = None
+    activation_checkpointing: bool = False
     threads: int = 1
 
     @property
@@ -51,3 +59,27 @@ class TrainSettings:
         """Return the peak learning rate of one parameter group."""
         own = {"core": None, "router": self.router_learning_rate, "experts": self.expert_learning_rate}[group]
         return self.learning_rate if own is None else own
+
+    def rows_per_pass(self, world_size: int) -> int:
+        """Return how many rows a rank passes through the model at a time.
+
+        Raises:
+            ConfigError: They do not divide a rank's share of the batch.
+        """
+        share = self.batch_size // world_size
+        rows = min(self.micro_batch or share, share)
+        if share % rows:
+            fitting = [k for k in range(1, share + 1) if share % k == 0]
+            raise ConfigError(
+                f"core.micro_batch must divide the {share} rows that each of {world_size} rank(s) takes of a batch, "
+                f"got {rows}: set it to {max(k for k in fitting if k < rows)} or {min(k for k in fitting if k > rows)}"
+            )
+        return rows
+
+    def passes(self, world_size: int) -> int:
+        """Return through how many passes a rank's share of a batch goes.
+
+        Raises:
+            ConfigError: See `rows_per_pass`.
+        """
+        return self.batch_size // world_size // self.rows_per_pass(world_size)

@@ -29,6 +29,7 @@ from fednested_lib.failpoints import failpoint
 from fednested_lib.partition import group_of
 from tier1.training.backends import WEIGHTS, Backend, TorchBackend
 from tier1.training.checkpoint import Checkpoints, Found, Progress
+from tier1.training.meter import Meter
 from tier1.training.ranks import ALONE, Ranks
 from tier1.training.settings import TrainSettings
 
@@ -36,6 +37,7 @@ log = structlog.get_logger()
 
 FINAL_RATE = 0.1
 NAMED_ROWS = 16
+CHECKED_ROWS = 65_536
 OnStep = Callable[[int, float], None]
 
 
@@ -76,9 +78,9 @@ def train(
         on_step: Called with step number (from 1) and loss after each step.
 
     Raises:
-        TrainingError: Loss or gradient is not finite (the weights are those after the last good step), or the
-            checkpoints are another run's.
-        DataError: There is no row.
+        TrainingError: Loss or gradient is not finite (the weights are those after the last good step), memory does not
+            suffice, or the checkpoints are another run's.
+        DataError: There is no row, or one with a token that the model does not have.
         ConfigError: The batch does not divide among the ranks.
         StorageError: A checkpoint cannot be written; the one before it is intact.
         TransportError: Another rank is gone.
@@ -86,7 +88,8 @@ def train(
     if len(tokens) < 1:
         raise DataError("number of token rows must be at least 1, got 0: add text")
     share = ranks.share_of(settings.batch_size)
-    backend = backend or TorchBackend()
+    _check_vocabulary(tokens, model.config.vocab_size)
+    backend, meter = backend or TorchBackend(), Meter(model, family, ranks)
     backend.prepare(model, settings, family, ranks)
     if settings.first_step:
         _continue(backend, ranks, moments)
@@ -96,9 +99,11 @@ def train(
         for step, chosen in islice(enumerate(batches(len(tokens), settings), start=1), progress.step, None):
             torch.manual_seed(_seed_of(settings.seed, step, ranks.rank))
             rows = torch.from_numpy(tokens[chosen[share]].astype(np.int64))
-            loss = backend.step(rows, rate=schedule(step, settings))
+            with _memory_named(step, settings, ranks):
+                loss = backend.step(rows, rate=schedule(step, settings))
             if not math.isfinite(loss):
                 raise TrainingError(_not_finite(step, chosen, settings))
+            meter.count(rows.numel() * ranks.world_size)
             first = loss if step == settings.first_step + 1 else progress.loss_first
             progress = Progress(step=step, loss_first=first, loss_last=loss)
             if on_step:
@@ -112,6 +117,7 @@ def train(
             steps=progress.step - settings.first_step,
             loss_first=round(progress.loss_first, 4),
             loss_last=round(progress.loss_last, 4),
+            **asdict(meter.read()),
         )
     return TrainReport(
         loss_first=progress.loss_first,
@@ -122,9 +128,20 @@ def train(
 
 
 def _continue(backend: Backend, ranks: Ranks, moments: Mapping[str, Tensor] | None) -> None:
-    """Give the prepared weights the optimiser state of an earlier run."""
-    weights = {name: tensor for name, tensor in backend.training_state().items() if name.startswith(WEIGHTS)}
-    backend.load_training_state({**ranks.share(moments), **{n: t.detach().clone() for n, t in weights.items()}})
+    """Give the prepared weights the optimiser state of an earlier run, which rank 0 has."""
+    weights = {WEIGHTS + name: tensor for name, tensor in backend.state_dict().items()}
+    backend.load_training_state(ranks.share(None if moments is None else {**moments, **weights}))
+
+
+def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuse rows of another tokenizer, which would end in an index error deep in the model."""
+    for start in range(0, len(tokens), CHECKED_ROWS):  # the rows may be more than memory holds
+        top = int(tokens[start : start + CHECKED_ROWS].max())
+        if top >= vocab_size:
+            raise DataError(
+                f"token ids must be below the model's vocabulary of {vocab_size}, got {top} in the packed data: it was "
+                "packed with another tokenizer; pack it with the one of the version that is trained"
+            )
 
 
 def _resume(backend: Backend, ranks: Ranks, checkpoints: Checkpoints, begin: Progress) -> Progress:
@@ -155,6 +172,26 @@ def _not_finite(step: int, chosen: np.ndarray, settings: TrainSettings) -> str:
         f"loss or gradient at step {step} of {settings.end} is not finite (rows {rows} of the packed data, learning "
         f"rate {settings.learning_rate:g}): lower core.learning_rate; the weights of step {step - 1} are kept"
     )
+
+
+@contextmanager
+def _memory_named(step: int, settings: TrainSettings, ranks: Ranks) -> Iterator[None]:
+    """Say which micro-batch to try where memory does not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not out_of_memory:
+            raise
+        rows = settings.rows_per_pass(ranks.world_size)
+        smaller = [k for k in range(1, rows) if settings.batch_size // ranks.world_size % k == 0]
+        remedy = (
+            f"set core.micro_batch to {smaller[-1]}" if smaller else "cut weights and optimiser with core.deepspeed"
+        )
+        raise TrainingError(
+            f"memory of rank {ranks.rank} ({ranks.device}) does not suffice for step {step} with {rows} rows per pass: "
+            f"{remedy}, core.activation_checkpointing to true, or train on more ranks; then run again under its name"
+        ) from error
 
 
 def schedule(step: int, settings: TrainSettings) -> float:

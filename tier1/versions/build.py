@@ -11,7 +11,7 @@ order of arrival, not the number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -37,6 +37,7 @@ from tier1.versions.settings import AggregationSettings, Rates
 from tier1.versions.state import ChainState, VersionView
 
 TIER1_STATE = "tier1/"  # slices of both tiers' optimisers stand in one table: core updates' under this prefix
+FoldExperts = Callable[..., dict[str, str]]  # as `fold_experts`
 
 
 @cache
@@ -61,6 +62,7 @@ def fold_candidate(
     trainer: str,
     authorisation: str,
     lineage: Sequence[str] = (),
+    fold: FoldExperts = fold_experts,
 ) -> Candidate:
     """Fold inputs into `parent`.
 
@@ -78,6 +80,7 @@ def fold_candidate(
         trainer: principal that folds; recorded.
         authorisation: id of the policy decision; recorded.
         lineage: ids of lineage records; recorded.
+        fold: folds the experts of a cut where the plain sum does; another one plans it for several machines.
 
     Raises:
         PayloadError: a dense delta does not fit the model or is not finite.
@@ -88,7 +91,7 @@ def fold_candidate(
         accepted: list[Accepted] = []
         folded, outer = _fold_round(parent, inputs.round, rates, settings, blobs, archive)
     else:
-        folded, outer, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, archive)
+        folded, outer, accepted = _fold_updates(parent, admission.updates, rates.eta_t2, settings, blobs, archive, fold)
     failpoint("fold.after_blobs")
     return Candidate(
         parent=parent.digest,
@@ -173,6 +176,7 @@ def _fold_updates(
     settings: AggregationSettings,
     blobs: BlobStore,
     archive: BlobStore,
+    fold: FoldExperts,
 ) -> tuple[dict[str, str], dict[str, str], list[Accepted]]:
     """Clip, weigh and fold, one decoded update and then one expert matrix in memory at a time."""
     ordered = sorted(updates, key=lambda update: update.envelope.update_id)
@@ -201,7 +205,7 @@ def _fold_updates(
             grams=spooled_grams(terms, clips, list(shapes), root),
         )
         terms = [_weighted(update, row, spool) for update, row in zip(ordered, weighing.weights, strict=True)]
-        folded, outer = _fold(parent, terms, eta, settings, weighing, blobs)
+        folded, outer = _fold(parent, terms, eta, settings, weighing, blobs, fold)
     rows = zip(ordered, stalenesses, norms, clips, weighing.weights, strict=True)
     accepted = [_accepted(*row) for row in rows]
     return (
@@ -221,10 +225,11 @@ def _fold(
     settings: AggregationSettings,
     weighing: Weighing,
     blobs: BlobStore,
+    fold: FoldExperts,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Fold weighted updates; the plain sum takes the short way."""
     if settings.outer is None and not weighing.by_block:
-        return fold_experts(parent.blobs, updates, eta=eta, store=blobs), dict(parent.outer)
+        return fold(parent.blobs, updates, eta=eta, store=blobs), dict(parent.outer)
     chosen = choose(settings)
     return fold_stepped(
         parent.blobs,

@@ -178,14 +178,46 @@ class NumericProfile(Document):
     threads: int = 1
 
 
-class SuiteChange(Document):
-    """One row of the gate's regression table; losses in nats per token."""
+Interval = tuple[float, float]
+
+
+class SuiteChange(GrownDocument):
+    """One row of the gate's regression table; losses in nats per token, intervals of 95 % (`evaluation/bootstrap.py`).
+
+    Args:
+        suite: its name.
+        before: loss of the parent; None: missing or not finite.
+        after: loss of the candidate.
+        bound: largest allowed rise.
+        passed: the verdict.
+        judged_by: the rise, or the end of its interval, that was held against the bound.
+        after_interval: of the candidate's loss.
+        change_interval: of the rise, paired by rows.
+        accuracy: share of next tokens that the candidate guesses.
+        accuracy_interval: of it.
+        completions: share of completions that it would write itself; None for a suite without.
+        completions_interval: of it.
+        worst_lines: of a failed suite's file, where the rows with the largest rises begin.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"judged_by", "after_interval", "change_interval", "accuracy", "accuracy_interval"}
+        | {"completions", "completions_interval", "worst_lines"}
+    )
 
     suite: str
-    before: float | None  # None: missing or not finite
+    before: float | None
     after: float | None
     bound: float
     passed: bool
+    judged_by: Literal["low", "mean", "high"] = "mean"
+    after_interval: Interval | None = None
+    change_interval: Interval | None = None
+    accuracy: float | None = None
+    accuracy_interval: Interval | None = None
+    completions: float | None = None
+    completions_interval: Interval | None = None
+    worst_lines: list[int] = Field(default_factory=list)
 
 
 class GateRecord(Document):

@@ -94,6 +94,11 @@ class Catalog:
         found = [each for key, each in self._entities.items() if key[:3] == wanted and place.name in ("", key[3])]
         return found[::-1]
 
+    def with_decks(self) -> set[str]:
+        """Return the names of the tasks that promise a deck."""
+        tasks = [each.spec.template for key, each in self._entities.items() if key[0] == identifier_pb2.TASK]
+        return {task.id.name for task in tasks if task.metadata.generates_deck.value}
+
     def activate(self, identifier: identifier_pb2.Identifier, state: int) -> None:
         """Switch a version of a launch plan on, in place of another one, or off."""
         self.get(identifier)

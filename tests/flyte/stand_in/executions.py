@@ -6,6 +6,7 @@ a name that is taken, a plan that is at its limit (SKIP)           ALREADY_EXIST
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from tests.flyte.stand_in.catalog import Refused
 
+MAPPED = re.compile(r"map_(\w+)_[0-9a-f]{32}-arraynode")  # flytekit's name of a mapped task, over its bound inputs
 Phase = phases.WorkflowExecution
 OVER = (Phase.SUCCEEDED, Phase.FAILED, Phase.ABORTED, Phase.TIMED_OUT)
 
@@ -74,8 +76,9 @@ class Execution:
         return self.record.closure.error
 
     def tasks(self, name: str) -> list[NodeRun]:
-        """Return the runs of a task, by the last part of its name."""
-        return [node for node in self.nodes.values() if node.task.rsplit(".", 1)[-1] == name]
+        """Return the runs of a task, by the last part of its name; of a mapped one, its items in their order."""
+        found = [node for node in self.nodes.values() if MAPPED.sub(r"\1", node.task).rsplit(".", 1)[-1] == name]
+        return sorted(found, key=lambda node: node.path)
 
     def finish(self, phase: int, error: phases.ExecutionError | None = None) -> None:
         """Record how it ended."""

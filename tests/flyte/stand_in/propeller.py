@@ -2,7 +2,8 @@
 
     task        attempts = retries + 1, another only after a recoverable error; each gets the last one's checkpoints
     gate        waits for its signal; after its time-out one attempt is over, and a gate has no other
-    array node  its items side by side, as many as its concurrency; None for one that failed, if enough succeed
+    array node  its items side by side, as many as its concurrency, each with the map node's retries and not the task's;
+                None for one that failed, if enough succeed
     dynamic     the graph that the pod wrote
     failure node  runs after any failure of its workflow, with the error as `err`; that error stays the outcome
 
@@ -247,9 +248,8 @@ class Propeller:
     ) -> literals_pb2.LiteralMap:
         run = NodeRun(path=f"{array.path}-n{index}", spec_id=f"n{index}", inputs=array.inputs)
         self._execution.nodes[run.path] = run
-        environment = {"BATCH_JOB_ARRAY_INDEX_VAR_NAME": "FLYTE_K8S_ARRAY_INDEX", "FLYTE_K8S_ARRAY_INDEX": str(index)}
         try:
-            run.outputs = self._task(node, template, run, scope, environment)
+            run.outputs = self._task(node, template, run, scope, index)
         except NodeFailed as failed:
             run.error, run.phase = failed.error, phases.NodeExecution.FAILED
             raise
@@ -264,17 +264,19 @@ class Propeller:
         template: tasks_pb2.TaskTemplate,
         run: NodeRun,
         scope: Scope,
-        environment: dict[str, str] | None = None,
+        item: int | None = None,
     ) -> literals_pb2.LiteralMap:
         run.task = template.id.name
-        retries = node.metadata.retries.retries or template.metadata.retries.retries
+        retries = node.metadata.retries.retries
+        if item is None:  # for an item only the map node's count (flyte#6800)
+            retries = retries or template.metadata.retries.retries
         timeout_s = node.metadata.timeout.ToTimedelta().total_seconds() or UNBOUNDED_S
         for number in itertools.count():
             began = time.monotonic()
             if template.type in self._flyte.connectors:
                 attempt, status = self._ask_connector(template, run, timeout_s), None
             else:
-                attempt, status = self._run_pod(template, run, number, timeout_s, environment or {})
+                attempt, status = self._run_pod(template, run, number, timeout_s, item)
             run.attempts.append((status, time.monotonic() - began))
             if attempt.graph is not None:
                 return self._dynamic(attempt.graph, run, scope)
@@ -308,7 +310,7 @@ class Propeller:
         return Attempt(error=failure("ConnectorTask", resource.message), recoverable=recoverable)
 
     def _run_pod(
-        self, template: tasks_pb2.TaskTemplate, run: NodeRun, number: int, timeout_s: float, extra: dict[str, str]
+        self, template: tasks_pb2.TaskTemplate, run: NodeRun, number: int, timeout_s: float, item: int | None
     ) -> tuple[Attempt, int | None]:
         place = self._root / run.path / str(number)
         work = self._flyte.scratch / f"{self._execution.name}-{run.path}-{number}"
@@ -325,13 +327,14 @@ class Propeller:
             "{{.prevCheckpointPrefix}}": previous,
         }
         command = list(_filled([*template.container.command, *template.container.args], filled, work))
-        environment = {**self._environment(template, number), **extra}
+        environment = self._environment(template, number, item)
         pod = Pod(command=command, directory=work, environment=environment, log=place / "pod.log")
         status = self._flyte.pods.run(pod, timeout_s)
         return _judge(place, status, timeout_s), status
 
-    def _environment(self, template: tasks_pb2.TaskTemplate, number: int) -> dict[str, str]:
+    def _environment(self, template: tasks_pb2.TaskTemplate, number: int, item: int | None) -> dict[str, str]:
         identifier, task = self._execution.record.id, template.id
+        place = {"BATCH_JOB_ARRAY_INDEX_VAR_NAME": "FLYTE_K8S_ARRAY_INDEX", "FLYTE_K8S_ARRAY_INDEX": str(item)}
         return {
             **base_environment(self._flyte.scratch),
             **{each.key: each.value for each in template.container.env},
@@ -343,7 +346,8 @@ class Propeller:
             "FLYTE_INTERNAL_TASK_PROJECT": task.project,
             "FLYTE_INTERNAL_TASK_DOMAIN": task.domain,
             "FLYTE_ATTEMPT_NUMBER": str(number),
-            **self._flyte.inject(task.name, number),
+            **({} if item is None else place),
+            **self._flyte.inject(task.name, number, item),
         }
 
 

@@ -76,7 +76,9 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
     Attributes:
         rpcs: `Service/Method` → how often it was called.
         runs: name → execution.
-        inject: returns what the environment of a task's attempt has besides: (name of the task, attempt) → variables.
+        inject: returns what the environment of a task's attempt has besides: (name of the task, attempt, item of a
+            mapped task or None) → variables.
+        decks: names of the tasks whose decks somebody has looked at.
     """
 
     def __init__(
@@ -92,7 +94,8 @@ class FlyteStandIn(AdminStandIn, dataproxy_pb2_grpc.DataProxyServiceServicer):
         self.catalog = Catalog(PROJECT, (DOMAIN, "staging", "production"))
         self.runs: dict[str, Execution] = {}
         self.rpcs: Counter[str] = Counter()
-        self.inject: Callable[[str, int], Mapping[str, str]] = lambda task, attempt: {}
+        self.inject: Callable[[str, int, int | None], Mapping[str, str]] = lambda task, attempt, item: {}
+        self.decks: set[str] = set()
         self._changed = threading.Condition()
         self._ahead_s = 0.0
         for directory in (self.root, self.scratch):

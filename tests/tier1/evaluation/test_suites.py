@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fednested_lib.errors import ConfigError, DataError
+from fednested_lib.text import load_tokenizer
 from tier1.evaluation import suites as suites_module
+from tier1.evaluation.completions import exact_matches, pack_pairs
 from tier1.evaluation.suites import SuiteRegistry, evaluate, evenly_spaced, measure, pack_suite
 from tier1.training.model import initial_model
 from tier1.training.tokenizer import train_tokenizer
@@ -76,6 +79,72 @@ def test_the_result_does_not_depend_on_the_batch_size(model, tokenizer, suite, m
     for rows in (1, 7, 1000):
         monkeypatch.setattr(suites_module, "BATCH_ROWS", rows)
         assert measure(model, packed).nats_per_token == pytest.approx(expected, abs=1e-6)
+
+
+def test_rows_add_up_to_the_suite_and_say_where_they_begin(model, tokenizer, suite):
+    """Guards what intervals and verdicts stand on: each row's loss, hits and first line against a plain reference."""
+    packed = pack_suite(suite, tokenizer, seq_len=16, max_tokens=10**6)
+    found = measure(model, packed)
+    assert np.mean(found.row_nats) == pytest.approx(found.nats_per_token, rel=1e-12)
+    with torch.no_grad():
+        row = torch.from_numpy(packed.tokens[5].astype(np.int64))
+        logits = model(input_ids=row[None, :-1]).logits[0]
+    assert found.row_nats[5] == pytest.approx(torch.nn.functional.cross_entropy(logits, row[1:]).item(), abs=1e-5)
+    assert found.row_hits[5] == (logits.argmax(-1) == row[1:]).float().mean().item()
+    encoder, starts = load_tokenizer(tokenizer), []
+    for number, text in enumerate(TEXTS, start=1):
+        starts += [number] * (len(encoder.encode(text).ids) + 1)
+    assert found.lines == starts[: 16 * len(packed.tokens) : 16]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
+def test_routing_is_what_the_routers_choose(family, tokenizer, suite):
+    """Guards the counts against the largest router logits, for every family, over all batches."""
+    own = {"num_local_experts": 4} if family == "mixtral" else {"num_experts": 4, "num_experts_per_tok": 2}
+    config = {k: v for k, v in CONFIG.items() if k != "num_local_experts"} | own
+    model = initial_model(family, config, 3).eval()
+    packed = pack_suite(suite, tokenizer, seq_len=16, max_tokens=1000)
+    rows = torch.from_numpy(packed.tokens.astype(np.int64))
+    assert len(rows) > suites_module.BATCH_ROWS
+    with torch.no_grad():
+        output = model(input_ids=rows[:, :-1], output_router_logits=True, use_cache=False)
+    chosen = [torch.topk(logits, 2, dim=-1)[1].flatten() for logits in output.router_logits]
+    wanted = {str(layer): torch.bincount(each, minlength=4).tolist() for layer, each in enumerate(chosen)}
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    assert measure(model, packed).routed == wanted
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+class Parrot(torch.nn.Module):
+    """Always expects the token that it was just given."""
+
+    device = "cpu"
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids, 300).float())
+
+
+def test_a_completion_counts_if_every_token_of_it_is_the_first_choice(tokenizer):
+    """Guards task accuracy: the prompt need not be guessed, each token of the completion must, in rows of any fill."""
+    end = load_tokenizer(tokenizer).encode("\n").ids
+    assert len(end) == 1
+    pairs = [("say", "\n\n"), ("say", "\n\nx"), ("say " * 40, "\n"), ("", "\n"), ("say", "x" * 60)]
+    given, wanted = pack_pairs(pairs, tokenizer, seq_len=16)
+    assert given.shape == wanted.shape == (4, 16), "a completion that is longer than a row is left out"
+    for batch_size in (1, 3):
+        assert exact_matches(Parrot(), given, wanted, batch_size) == [1, 0, 1, 1]
+
+
+def test_a_suite_may_mix_texts_and_completions(model, tokenizer, tmp_path):
+    """Guards that task accuracy is of the records that have one, and that a suite of texts has none."""
+    path = tmp_path / "mixed.jsonl"
+    pairs = [{"prompt": f"Speech {i}:", "completion": " the winds blow"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*pairs, {"text": TEXTS[0]}]) + "broken\n")
+    found = evaluate(model, {"s": path}, tokenizer, seq_len=16, max_tokens=10**6)["s"]
+    assert len(found.completions) == 20
+    assert len(evaluate(model, {"s": path}, tokenizer, seq_len=16, max_tokens=80)["s"].completions) == 5
+    texts = write(tmp_path / "texts.jsonl", TEXTS)
+    assert evaluate(model, {"s": texts}, tokenizer, seq_len=16, max_tokens=100)["s"].completions == []
 
 
 def test_a_broken_model_is_measured_as_nan(tokenizer, suite):

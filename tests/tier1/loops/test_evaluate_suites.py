@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from fednested_lib.errors import DataError
-from tests.federation import make_workspace, write_text
+from fednested_lib.errors import ConfigError, DataError
+from tests.federation import make_federation, make_workspace, write_text
 from tier1.evaluation import measured
 from tier1.federation import Federation, open_federation
 from tier1.loops import evaluate_suites
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
-from tier1.loops.evaluate_and_promote import registered_suites, settle_candidate, suite_registry
+from tier1.loops.evaluate_and_promote import settle_candidate
+from tier1.loops.gate_candidate import gate_candidate, kept_use, measure, registered_suites, suite_registry
 from tier1.loops.records import CandidateRef, SuiteLoss
+from tier1.versions.candidates import load_candidate
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,39 @@ def test_the_gate_finds_what_was_measured(
     rows = fed.chain.entries()[-1].entry.body.tries[-1].gate.rows
     assert {row.suite: (row.before, row.after) for row in rows} == {n: (x.before, x.after) for n, x in losses.items()}
     assert evaluate_suites.plan_suites(fed, "") == ("", [])
+
+
+def test_a_bound_of_a_suite_is_its_own(tmp_path: Path) -> None:
+    """The gate holds one suite against its own bound and the others against the default, and records what it used."""
+    fed = make_federation(
+        tmp_path, evaluation={"max_regression": 100.0, "bounds": {"plays": {"max_regression": 0.0, "judged_by": "low"}}}
+    )
+    candidate = fold_dense(fed, train_delta(fed, pack_datasets(fed, authorise_training(fed, "r1")), "r1"))
+    extra = suite_registry(fed)
+    extra.register({"other": write_text(tmp_path / "other.jsonl", 40, 5)})
+    rows = gate_candidate(fed, load_candidate(fed.home, candidate.digest)).rows
+    assert [(row.suite, row.bound, row.judged_by) for row in rows] == [("other", 100.0, "mean"), ("plays", 0.0, "low")]
+    assert all(row.change_interval[0] < row.after - row.before < row.change_interval[1] for row in rows)
+    assert all(0 <= row.accuracy <= 1 and row.completions is None for row in rows)
+
+
+def test_a_bound_for_an_unknown_suite_is_refused(tmp_path: Path) -> None:
+    """A misspelt name would leave its suite with the default bound, unseen."""
+    fed = make_federation(tmp_path, evaluation={"bounds": {"play": {"max_regression": 0.0}}})
+    with pytest.raises(ConfigError, match=r"evaluation.bounds names suite 'play', registered are plays: fix the name"):
+        registered_suites(fed)
+
+
+def test_a_measurement_of_an_earlier_form_is_made_again(
+    folded: tuple[Federation, CandidateRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a release without row figures kept is never read as if it had them."""
+    fed, _ = folded
+    snapshot = fed.chain.state().head.snapshot
+    found = measure(fed, snapshot)
+    monkeypatch.setattr(measured, "FORM", measured.FORM + 1)
+    assert kept_use(fed, snapshot) == []
+    assert measure(fed, snapshot) == found
 
 
 def test_the_deck_names_what_is_missing_and_escapes_it() -> None:

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
+from pydantic import ValidationError
 
 from fednested_lib.errors import PolicyDenied
+from fednested_lib.snapshot import read_state_dict
 from tests.federation import Device, make_federation
+from tier1.config import ModelConfig
 from tier1.loops.aggregate_experts import fold_updates, take_updates
+from tier1.loops.genesis import ensure_genesis
+from tier1.training.model import initial_model
+from tier1.training.tokenizer import train_tokenizer
 from tier1.versions.candidates import load_candidate
+
+OLMOE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 def test_genesis_needs_a_policy_that_allows_its_text(tmp_path):
@@ -34,3 +54,24 @@ def test_a_new_chain_on_an_old_topic_consumes_no_history(tmp_path):
     assert [row.client_id for row in candidate.accepted] == ["ann"]
     assert [row.reason for row in candidate.refused] == ["foreign_federation"]
     assert take_updates(old).n_records == 3
+
+
+def test_a_chain_begins_with_an_open_model(tmp_path):
+    """An open model from the disk is version 0 to the bit, with its own tokenizer; no tier-1 text is read."""
+    model = initial_model("olmoe", OLMOE, 3)
+    model.save_pretrained(tmp_path / "open")
+    tokenizer = train_tokenizer([f"Fox {i} and dog {i * i}." for i in range(200)], 280)
+    (tmp_path / "open" / "tokenizer.json").write_bytes(tokenizer)
+    fed = make_federation(tmp_path / "fed")
+    config = fed.config.model_copy(update={"model": ModelConfig(family="olmoe", pretrained=tmp_path / "open")})
+    fed = dataclasses.replace(fed, config=config)
+    head = ensure_genesis(fed).head
+    assert fed.blobs.get(head.tokenizer) == tokenizer
+    state = read_state_dict(head.snapshot, fed.blobs)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_open_model_brings_its_shape(tmp_path):
+    """Keys that would be ignored beside `pretrained` are refused."""
+    with pytest.raises(ValidationError, match="leave out config, vocab_size and seed"):
+        ModelConfig(pretrained=tmp_path, vocab_size=300)

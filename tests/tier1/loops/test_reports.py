@@ -10,12 +10,13 @@ from typer.testing import CliRunner
 
 from tests.federation import Device, make_federation
 from tier1.commands import app
+from tier1.evaluation.utilisation import expert_use
 from tier1.federation import Federation
 from tier1.loops.aggregate_experts import fold_updates, take_updates
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
 from tier1.loops.evaluate_and_promote import settle_candidate
 from tier1.loops.records import CandidateRef, Settled
-from tier1.loops.reports import PAGE_BYTES, contributors_html, evaluation_html, gate_html
+from tier1.loops.reports import PAGE_BYTES, contributors_html, evaluation_html, gate_html, use_html
 from tier1.versions.candidates import load_candidate, save_candidate
 from tier1.versions.manifest import GateRecord, Refused, SuiteChange, Try
 from tier1.versions.settings import Rates
@@ -70,14 +71,22 @@ def test_decks_of_ten_thousand_updates_stay_below_the_bound(settled: tuple[Feder
     digest = grown(fed, made, 10_000)
     deck = contributors_html(fed, CandidateRef(digest=digest, parent_version=1, n_accepted=10_000, n_refused=10_000))
     rows = [
-        SuiteChange(suite=f"<{i}>" * 20, before=4.0, after=4.5 if i == 9_999 else 4.0, bound=0.1, passed=i < 9_999)
+        SuiteChange(
+            **{"suite": f"<{i}>" * 20, "before": 4.0, "after": 4.5 if i == 9_999 else 4.0, "bound": 0.1},
+            **{"passed": i < 9_999, "change_interval": (-0.1, 0.1), "after_interval": (3.0, 5.0), "accuracy": 0.5},
+        )
         for i in range(10_000)
     ]
     gate = GateRecord(candidate=digest, passed=False, reason="<worst> " * 1000, rows=rows)
     tried = Try(rates=Rates(), parent="a" * 64, candidate=digest, outcome="gate_failed", gate=gate)
     regression = gate_html([tried] * 16, gate)
+    shares = {f"<{i}>" * 20: {str(layer): list(range(128)) for layer in range(48)} for i in range(10)}
+    experts = use_html(expert_use(shares), digest)
+    assert "Experts: 336 dead, 0 overloaded, 0 specialised of 6144" in experts
+    assert "<td>–</td>" not in experts, "what stands out comes first, the rest is left out"
+    assert "of 6144 rows are left out" in experts
     # The table since the champion, of the same suites, is narrower than the gate's.
-    assert len((deck + regression * 2).encode()) <= PAGE_BYTES - FLYTE_PAGE_BYTES
+    assert len((deck + experts + regression * 2).encode()) <= PAGE_BYTES - FLYTE_PAGE_BYTES
     assert "10000 accepted, 10000 refused" in deck
     assert regression.index("<td>failed</td>") < regression.index("<td>ok</td>"), "what failed is never left out"
     found = LEFT_OUT.findall(deck)
@@ -94,8 +103,8 @@ def test_the_decks_say_what_changed_what_was_refused_and_where_it_is_recorded(se
     """Who decides sees loss before and after, bound and verdict, reasons with counts, and where it is recorded."""
     fed, made = settled
     shown, folded = evaluation_html(fed, made), contributors_html(fed, made)
-    assert "<th>before</th><th>after</th><th>change</th><th>bound</th><th>verdict</th>" in shown
-    assert re.search(r"<td>plays</td>(<td>[^<]+</td>){4}<td>ok</td>", shown)
+    assert "<th>before</th><th>after</th><th>change</th><th>bound</th>" in shown
+    assert re.search(r"<td>plays</td>(<td>[^<]+</td>){7}<td>ok</td>", shown)
     assert str(fed.home / "registry.json") in shown
     assert f"lineage.jsonl</code>, lines with manifest_digest {made.manifest}" in shown
     assert "1 accepted, 1 refused" in folded
@@ -125,7 +134,7 @@ def test_a_settled_candidate_is_audited_with_its_suites(settled: tuple[Federatio
     fed, made = settled
     config = str(fed.config.governance.policy.parent / "tier1.yaml")
     audited = CliRunner().invoke(app, ["audit", "--config", config, "--candidate", made.candidate]).output
-    assert re.search(r"  suite     plays  before \d\.\d+  after \d\.\d+  bound 0\.5  ok", audited)
+    assert re.search(r"  suite     plays  before \d\.\d+  after \d\.\d+  bound 0\.5  ok  change .*  accuracy ", audited)
     assert "  refused   " in audited
     for wrong, says in ((["--candidate", "ab"], "neither on disk nor in the chain"), ([], "give one of them")):
         assert says in str(CliRunner().invoke(app, ["audit", "--config", config, *wrong]).exception)

@@ -17,8 +17,12 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tier1.training.backends import Backend
 
 ROOT = Path(__file__).resolve().parents[3]
 STUCK_S = 240  # a rank that is not done by then is ended by SIGALRM, which no test expects
@@ -49,8 +53,10 @@ class Ended:
     status: int
     weights: str = ""
     losses: tuple[float, ...] = ()
+    began_s: float = 0.0
     steps_s: tuple[float, ...] = ()
     ended_s: float = 0.0
+    peak_mib: float = 0.0
     error: str = ""
     message: str = ""
 
@@ -58,12 +64,12 @@ class Ended:
 class RankRunner:
     """Starts the ranks of one run after another."""
 
-    def __init__(self, scratch: Path):
+    def __init__(self, scratch: Path, *imported: str):
         self._scratch = scratch
         scratch.mkdir(parents=True, exist_ok=True)
         self._errors = (scratch / "stderr.txt").open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.tier1.training.rank_process"],
+            [sys.executable, "-m", "tests.tier1.training.rank_process", *imported],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             stdin=subprocess.PIPE,
@@ -107,6 +113,9 @@ def _serve() -> None:
     import tier1.training.core_update
     import tier1.training.model  # noqa: F401
 
+    if "deepspeed" in sys.argv:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401
     assert threading.active_count() == 1, "a fork would copy a lock that a thread holds"
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a rank prints is not an answer
@@ -132,7 +141,7 @@ def _be_rank(rank: int, order: dict) -> None:
     )
     if str(rank) in order["kill"]:
         os.environ["FEDNESTED_FAILPOINT"] = order["kill"][str(rank)]
-    status, said = 1, {"losses": [], "steps_s": []}
+    status, said = 1, {"losses": [], "began_s": time.monotonic(), "steps_s": []}
     try:
         said["weights"] = _train(said, **order["job"])
         status = 0
@@ -154,11 +163,19 @@ def _train(
     every: int = 4,
     directory: str | None = None,
     still: bool = False,
+    router_noise: bool = True,
     aux_loss: float = 0.02,
     poisoned_rank: int | None = None,
     file_limit: int | None = None,
     timeout_s: float = 120.0,
     large: bool = False,
+    clip: float = 1.0,
+    engine: dict | None = None,
+    micro_batch: int | None = None,
+    recompute: bool = False,
+    starved_rank: int | None = None,
+    n_rows: int | None = None,
+    token: int | None = None,
 ) -> str:
     """Be one rank of a run and return the digest of its weights.
 
@@ -169,30 +186,51 @@ def _train(
         every: steps between checkpoints.
         directory: where they are; None is off.
         still: no dropout and no router noise.
+        router_noise: False is none, but dropout.
         aux_loss: coefficient of the balancing loss.
         poisoned_rank: the rank whose model yields NaN from step 6 on.
         file_limit: largest file that rank 0 may write, bytes: a full disk.
         timeout_s: longest wait for another rank.
         large: the demo's model and rows of its length in place of the small ones.
+        clip: largest norm of the gradient.
+        engine: settings of DeepSpeed; None is plain torch.
+        micro_batch: rows per pass.
+        recompute: activation checkpointing.
+        starved_rank: the rank that gets no memory from step 6 on.
+        n_rows: use so many of the rows.
+        token: the last of the last row is this one.
     """
-    from tier1.training.backends import TorchBackend
     from tier1.training.checkpoint import Checkpoints
     from tier1.training.model import TINY_MIXTRAL, initial_model
     from tier1.training.ranks import join_ranks
     from tier1.training.settings import TrainSettings
     from tier1.training.trainer import train
 
-    config, rows = MODEL | (STILL if still else {}), ROWS
+    config, rows = MODEL | (STILL if still else {}) | ({} if router_noise else {"router_jitter_noise": 0.0}), ROWS
     if large:
         config, rows = TINY_MIXTRAL, np.random.default_rng(0).integers(0, 1024, size=(256, 97)).astype(np.int32)
+    rows = rows[:n_rows].copy()
+    if token is not None:
+        rows[-1, -1] = token
     with join_ranks(timeout_s) as ranks:
         model = initial_model("mixtral", config, 0)
-        settings = TrainSettings(steps=steps, batch_size=batch_size, learning_rate=1e-2, aux_loss=aux_loss)
+        settings = TrainSettings(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=1e-2,
+            aux_loss=aux_loss,
+            grad_clip=clip,
+            micro_batch=micro_batch,
+            activation_checkpointing=recompute,
+        )
+        backend = _backend(engine)
         checkpoints = Checkpoints(directory=Path(directory), every=every, run={"steps": steps}) if directory else None
 
         def on_step(step: int, loss: float) -> None:
             said["losses"].append(loss)
             said["steps_s"].append(time.monotonic())
+            if step == 5 and ranks.rank == starved_rank:
+                model.model.norm.register_forward_hook(lambda module, args, output: output.new_empty(1 << 60))
             if step == 5 and ranks.rank == poisoned_rank:
                 model.model.norm.register_forward_hook(lambda module, args, output: output * float("nan"))
 
@@ -203,15 +241,28 @@ def _train(
             rows,
             settings,
             family="mixtral",
-            backend=TorchBackend(),
+            backend=backend,
             ranks=ranks,
             checkpoints=checkpoints,
             on_step=on_step,
         )
+        weights = backend.state_dict()
+    said["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     digest = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.numpy().tobytes())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _backend(engine: dict | None) -> Backend:
+    if engine is None:
+        from tier1.training.backends import TorchBackend
+
+        return TorchBackend()
+    from tier1.training.deepspeed_backend import DeepSpeedBackend
+    from tier1.training.deepspeed_config import DeepSpeedSettings
+
+    return DeepSpeedBackend(DeepSpeedSettings(**engine))
 
 
 if __name__ == "__main__":

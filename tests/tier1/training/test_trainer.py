@@ -9,6 +9,7 @@ import torch
 from fednested_lib.errors import DataError, PartitionError, TrainingError
 from tier1.training.backends import TorchBackend, parameter_groups
 from tier1.training.loss import balancing_loss
+from tier1.training.meter import active_parameters
 from tier1.training.model import initial_model
 from tier1.training.settings import TrainSettings
 from tier1.training.trainer import batches, dense_delta, schedule, train
@@ -160,3 +161,47 @@ def test_beyond_the_schedule_the_rate_stays(small_mixtral):
     beyond = settings(first_step=6, last_step=9)
     assert [schedule(step, beyond) for step in (6, 7, 9)] == pytest.approx([0.1] * 3)
     assert len(list(batches(len(ROWS), beyond))) == 9
+
+
+def test_rows_of_another_tokenizer_are_refused(small_mixtral):
+    """Guards against an index error deep in the model, on a GPU a dead context: the token and the bound are named."""
+    rows = ROWS.copy()
+    rows[-1, -1] = 300
+    with pytest.raises(DataError, match="below the model's vocabulary of 300, got 300"):
+        train(initial_model("mixtral", small_mixtral, 0), rows, settings(), family="mixtral")
+
+
+@pytest.mark.parametrize("raised", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_too_little_memory_names_the_micro_batch_to_try(small_mixtral, raised):
+    """Guards item 7's row: the message says what to set, and any other error of torch stays what it is."""
+
+    class Large(TorchBackend):
+        def step(self, rows, rate):
+            raise raised
+
+    model = initial_model("mixtral", small_mixtral, 0)
+    with pytest.raises(TrainingError, match=r"step 1 with 4 rows per pass: set core\.micro_batch to 2"):
+        train(model, ROWS, settings(), family="mixtral", backend=Large())
+    with pytest.raises(TrainingError, match=r"1 rows per pass: cut weights and optimiser with core\.deepspeed"):
+        train(model, ROWS, settings(micro_batch=1), family="mixtral", backend=Large())
+    raised = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(model, ROWS, settings(), family="mixtral", backend=Large())
+
+
+def test_an_allocation_that_the_cpu_refuses_is_too_little_memory(small_mixtral):
+    """Guards the CPU's error, which has no class of its own: its wording is torch's, read from a real one."""
+
+    class Huge(TorchBackend):
+        def step(self, rows, rate):
+            return float(torch.empty(1 << 60)[0])
+
+    with pytest.raises(TrainingError, match=r"does not suffice for step 1 .* core\.micro_batch to 2"):
+        train(initial_model("mixtral", small_mixtral, 0), ROWS, settings(), family="mixtral", backend=Huge())
+
+
+def test_the_parameters_that_a_token_meets(small_mixtral):
+    """Guards the MFU: half of the four experts are met with top-2, all of the rest."""
+    model = initial_model("mixtral", small_mixtral, 0)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert active_parameters(model, "mixtral") == model.num_parameters() - experts / 2
