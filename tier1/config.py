@@ -63,6 +63,63 @@ class ClustersConfig(Section):
     max_wait_s: float = Field(default=1800.0, ge=0, le=604_800)
 
 
+class RehearsalConfig(Section):
+    """Text of old domains that safeguards may look at: datasets (name → JSONL path), at most `rows` rows of them."""
+
+    datasets: dict[str, Path] = Field(min_length=1)
+    rows: int = Field(default=512, ge=1, le=10_000_000)
+
+
+class RehearsedConfig(Section):
+    """Replay or distillation: its weight in the loss, and how many old rows a step draws, over all ranks."""
+
+    weight: float = Field(default=1.0, gt=0, le=1e4)
+    rows: int = Field(default=8, ge=1, le=1_000_000)
+
+
+class EwcConfig(Section):
+    """EWC: its weight, rows that the Fisher information is taken from, and what earlier runs' still counts."""
+
+    weight: float = Field(gt=0, le=1e9)
+    rows: int = Field(default=128, ge=1, le=1_000_000)
+    decay: float = Field(default=1.0, ge=0, le=1)
+
+
+class FreezeConfig(Section):
+    """Experts that take at least this share of the old rows' assignments in their layer stay as they are."""
+
+    share: float = Field(gt=0, le=1)
+
+
+Period = Annotated[int, Field(ge=1, le=1_000_000)] | None
+
+
+class FrequenciesConfig(Section):
+    """Steps between two moves of a group, null is frozen; of experts one number, or a list that expert ids go round."""
+
+    core: Period = 1
+    router: Period = 1
+    experts: Period | Annotated[list[Period], Field(min_length=1)] = 1
+
+
+class SafeguardsConfig(Section):
+    """What keeps a core update from erasing what the model knew; each is off unless it is given, several add up."""
+
+    rehearsal: RehearsalConfig | None = None
+    replay: RehearsedConfig | None = None
+    distillation: RehearsedConfig | None = None
+    ewc: EwcConfig | None = None
+    freeze: FreezeConfig | None = None
+    frequencies: FrequenciesConfig | None = None
+
+    @model_validator(mode="after")
+    def _old_text(self) -> SafeguardsConfig:
+        for name in ("replay", "distillation", "freeze"):
+            if getattr(self, name) and not self.rehearsal:
+                raise ValueError(f"{name} needs text of old domains, got none: set rehearsal.datasets")
+        return self
+
+
 class CoreUpdateConfig(Section):
     """Training of core and experts on governed datasets (name → JSONL path)."""
 
@@ -81,6 +138,15 @@ class CoreUpdateConfig(Section):
     schedule_steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
     delta_dtype: Literal["float32", "float16"] = "float32"
     clusters: ClustersConfig = ClustersConfig()
+    safeguards: SafeguardsConfig = SafeguardsConfig()
+
+    @model_validator(mode="after")
+    def _one_file_per_name(self) -> CoreUpdateConfig:
+        rehearsal = self.safeguards.rehearsal
+        for name, path in rehearsal.datasets.items() if rehearsal else ():
+            if self.datasets.get(name, path) != path:
+                raise ValueError(f"dataset {name} must be one file, got {self.datasets[name]} and {path}: rename one")
+        return self
 
 
 class WindowConfig(Section):
@@ -242,7 +308,12 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
     _check_rule(path, config.aggregation)
     base = Path(path).resolve().parent
     pretrained = config.model.pretrained
-    core = config.core.model_copy(update={"datasets": {k: base / v for k, v in config.core.datasets.items()}})
+    core = config.core.model_copy(
+        update={
+            "datasets": {k: base / v for k, v in config.core.datasets.items()},
+            "safeguards": _resolved(config.core.safeguards, base),
+        }
+    )
     evaluation = config.evaluation.model_copy(
         update={"suites": {k: base / v for k, v in config.evaluation.suites.items()}}
     )
@@ -260,6 +331,13 @@ def load_tier1(path: str | os.PathLike) -> Tier1Config:
             "governance": config.governance.model_copy(update={"policy": base / config.governance.policy}),
         }
     )
+
+
+def _resolved(safeguards: SafeguardsConfig, base: Path) -> SafeguardsConfig:
+    if safeguards.rehearsal is None:
+        return safeguards
+    datasets = {name: base / path for name, path in safeguards.rehearsal.datasets.items()}
+    return safeguards.model_copy(update={"rehearsal": safeguards.rehearsal.model_copy(update={"datasets": datasets})})
 
 
 def _check_rule(path: str | os.PathLike, settings: AggregationSettings) -> None:

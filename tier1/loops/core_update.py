@@ -27,6 +27,7 @@ from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.federation import Federation
 from tier1.loops.core_round import candidate_ref, folded_elsewhere, gather_round, keep_state, last_state
 from tier1.loops.genesis import ensure_genesis
+from tier1.loops.memory import authorise_datasets, chosen_safeguards, memory_of, rehearsed_datasets
 from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
 from tier1.training.ranks import ALONE, Ranks
 from tier1.versions.candidates import save_candidate
@@ -43,13 +44,13 @@ log = structlog.get_logger()
 
 
 def authorise_training(fed: Federation, run_id: str) -> TrainingGrant:
-    """Ask the policy whether the trainer may train on every governed dataset.
+    """Ask the policy whether the trainer may train on every governed dataset, those of old domains included.
 
     Raises:
         PolicyDenied: it may not, or the policy cannot decide.
     """
-    names = sorted(fed.config.core.datasets)
-    decisions = [fed.authorise("train", f"dataset:{name}", purpose="core-update").id for name in names]
+    names = sorted({*fed.config.core.datasets, *rehearsed_datasets(fed)})
+    decisions = authorise_datasets(fed, names)
     log.info("core_update.authorised", run=run_id, datasets=names)
     return TrainingGrant(decision_id=sha256_hex(canonical_json(decisions)), datasets=names)
 
@@ -59,7 +60,7 @@ def pack_datasets(fed: Federation, grant: TrainingGrant) -> PackedData:
     from tier1.training.data import prepare_dataset
 
     head = ensure_genesis(fed).head
-    sources = {name: fed.config.core.datasets[name] for name in grant.datasets}
+    sources = {name: path for name, path in fed.config.core.datasets.items() if name in grant.datasets}
     packed = prepare_dataset(
         sources, fed.blobs.get(head.tokenizer), seq_len=fed.config.core.seq_len, out_dir=fed.home / "packed"
     )
@@ -174,6 +175,8 @@ def _train(
             dtype=core.delta_dtype,
             checkpoints=_checkpoints(fed, run_id, mirror),
             on_step=on_step,
+            safeguards=chosen_safeguards(fed),
+            memory=memory_of(fed, base, ranks),
         )
     if ranks.rank == 0:
         log.info(
@@ -193,11 +196,9 @@ def _begin(fed: Federation, before: list[Found | None]) -> int:
     return before[0].progress.step if before[0] else 0
 
 
-def _engine(chosen: DeepSpeedSettings | None) -> Backend:
+def _engine(chosen: DeepSpeedSettings | None) -> Backend | None:
     if chosen is None:
-        from tier1.training.backends import TorchBackend
-
-        return TorchBackend()
+        return None
     from tier1.training.deepspeed_backend import DeepSpeedBackend
 
     return DeepSpeedBackend(chosen)
@@ -224,7 +225,11 @@ def _keep(fed: Federation, delta: DenseDelta, base_version: int, run_id: str, st
         dataset_digest=delta.dataset_digest,
         trainer=fed.config.identity.principal,
     )
-    record = {"update": update.model_dump(mode="json"), "lineage": _record_run(fed, update, started_ms)}
+    record = {
+        "update": update.model_dump(mode="json"),
+        "lineage": _record_run(fed, update, started_ms),
+        "fisher": dict(delta.fisher),
+    }
     write_durable(_run_path(fed, run_id, ".json"), canonical_json(record))
     keep_state(fed, delta)
     shutil.rmtree(_run_path(fed, run_id, ".checkpoints"), ignore_errors=True)
@@ -238,7 +243,7 @@ def _publish(fed: Federation, run_id: str) -> DenseRef:
         partition, offset = fed.log.append(DENSE, key=run_id.encode(), value=update.to_bytes(), headers={})
         failpoint("core.after_publish")
         dense = DenseInput(**update.model_dump(), topic=DENSE, partition=partition, offset=offset)
-        record = {"dense": dense.model_dump(mode="json"), "lineage": done["lineage"]}
+        record = {"dense": dense.model_dump(mode="json"), "lineage": done["lineage"], "fisher": done.get("fisher", {})}
         write_durable(_dense_path(fed, update.update_id), canonical_json(record))
     return DenseRef(update_id=update.update_id, run_id=run_id, base_version=update.base_version)
 
@@ -259,12 +264,23 @@ def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[s
             "batch_size": core.batch_size,
             "learning_rate": core.learning_rate,
             "seed": core.seed,
+            **_protection(fed),
         },
         metrics={"tokens": float(update.tokens)},
         started_ms=started_ms,
         finished_ms=_now_ms(),
     )
     return list(fed.lineage.record(run_event(run)))
+
+
+def _protection(fed: Federation) -> dict[str, str]:
+    """Return the safeguards that are on, as they are configured, with the names of the old domains' datasets."""
+    core = fed.config.core.safeguards
+    on = {name: section for name, section in core if section and name != "rehearsal"}
+    settings = {f"safeguards.{name}": canonical_json(section.model_dump()).decode() for name, section in on.items()}
+    if core.rehearsal:
+        settings["safeguards.rehearsal"] = ", ".join(sorted(core.rehearsal.datasets))
+    return settings
 
 
 def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:

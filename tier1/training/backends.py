@@ -105,6 +105,7 @@ class TorchBackend:
             self._optimizer.state[parameter] = {
                 key: _on_device(key, state[f"{OPTIMIZER}{key}.{name}"], parameter)
                 for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{OPTIMIZER}{key}.{name}" in state  # a parameter that has not moved yet has none
             }
 
 

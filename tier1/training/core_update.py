@@ -11,14 +11,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.snapshot import SnapshotManifest, build_model, encode_blob, read_state_dict, slice_state_dict
+from fednested_lib.errors import ConfigError
+from fednested_lib.signing import canonical_json
+from fednested_lib.snapshot import (
+    SnapshotManifest,
+    build_model,
+    encode_blob,
+    read_state_dict,
+    slice_state_dict,
+    write_state_dict,
+)
+from tier1.evaluation.suites import evenly_spaced
 from tier1.training.backends import Backend, TorchBackend
 from tier1.training.checkpoint import Checkpoints
 from tier1.training.data import PackedDataset
 from tier1.training.ranks import ALONE, Ranks
+from tier1.training.safeguarded import SafeguardedBackend
+from tier1.training.safeguards import Memory, Safeguards, accumulated, fisher_diagonal
 from tier1.training.settings import TrainSettings
 from tier1.training.trainer import OnStep, TrainReport, dense_delta, train
 
@@ -37,6 +49,7 @@ class DenseDelta:
         report: Losses, steps and tokens.
         last_step: Step of the schedule that the run ended with.
         state: What the next run of the same cluster may go on from, the backend's training state; None: not asked for.
+        fisher: Slice key → digest of the Fisher information that protects all runs so far; with EWC.
     """
 
     base_version: int
@@ -46,6 +59,7 @@ class DenseDelta:
     report: TrainReport
     last_step: int
     state: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    fisher: Mapping[str, str] = field(default_factory=dict)
 
 
 def train_core_update(
@@ -62,6 +76,8 @@ def train_core_update(
     dtype: str = "float32",
     checkpoints: Checkpoints | None = None,
     on_step: OnStep | None = None,
+    safeguards: Safeguards | None = None,
+    memory: Memory | None = None,
 ) -> DenseDelta:
     """Train from ``base`` and store the difference; every rank calls and gets the same answer, rank 0 stores.
 
@@ -78,18 +94,23 @@ def train_core_update(
         dtype: Of the stored difference, ``float32`` or ``float16``.
         checkpoints: Where the run goes on from and saves; what the run is, is added here. None is off.
         on_step: Called with step number (from 1) and loss after each step.
+        safeguards: Against forgetting, with the default backend; part of what the run is. None: there are none.
+        memory: What they protect.
 
     Raises:
         SnapshotError: A blob of ``base`` is missing or corrupt.
         TrainingError: Loss or gradient is not finite, or the checkpoints are another run's; no delta is stored.
         StorageError: ``deltas``, or a checkpoint, cannot be written.
-        ConfigError: The batch does not divide among the ranks.
+        ConfigError: The batch does not divide among the ranks, or another engine has no safeguards.
         TransportError: Another rank is gone.
     """
-    backend = backend or TorchBackend()
+    if backend and safeguards:
+        raise ConfigError("core.safeguards must be off with another engine than plain torch: remove it or the engine")
+    memory = memory or Memory()
+    backend = backend or (SafeguardedBackend(safeguards, memory) if safeguards else TorchBackend())
     model = build_model(base, snapshots)
     if checkpoints:
-        checkpoints = replace(checkpoints, run=_identity(base, dataset, settings))
+        checkpoints = replace(checkpoints, run=_identity(base, dataset, settings) | _guarded(safeguards, memory))
     report = train(
         model,
         dataset.tokens(),
@@ -111,7 +132,26 @@ def train_core_update(
         report=report,
         last_step=settings.end,
         state=backend.training_state() if keep_state else None,
+        fisher=ranks.first(lambda: _store_fisher(model, after, base, dataset, safeguards, memory, deltas)),
     )
+
+
+def _store_fisher(
+    model: nn.Module,
+    after: dict[str, Tensor],
+    base: SnapshotManifest,
+    dataset: PackedDataset,
+    safeguards: Safeguards | None,
+    memory: Memory,
+    deltas: BlobStore,
+) -> dict[str, str]:
+    """Store what the next run must not move much: the earlier runs' Fisher information and this one's."""
+    if not (safeguards and safeguards.ewc):
+        return {}
+    model.load_state_dict(after)
+    tokens = dataset.tokens()
+    own = fisher_diagonal(model, tokens[evenly_spaced(len(tokens), safeguards.ewc.rows)])
+    return write_state_dict(accumulated(memory.fisher, own, safeguards.ewc.decay), base.family, deltas)
 
 
 def _store(
@@ -133,3 +173,11 @@ def _identity(base: SnapshotManifest, dataset: PackedDataset, settings: TrainSet
     """
     parameters = {f"settings.{key}": value for key, value in asdict(settings).items() if key not in _HOW}
     return {"base_digest": base.digest, "dataset_digest": dataset.digest, **parameters}
+
+
+def _guarded(safeguards: Safeguards | None, memory: Memory) -> dict:
+    """Say what protects a run, and what it protects."""
+    if safeguards is None:
+        return {}
+    parts = {f"safeguards.{k}": canonical_json(part).decode() for k, part in asdict(safeguards).items() if part}
+    return {**parts, "safeguards.memory": memory.digest}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.errors import TrainingError
+from fednested_lib.errors import ConfigError, TrainingError
 from fednested_lib.snapshot import (
     SnapshotManifest,
     decode_blob,
@@ -13,9 +13,11 @@ from fednested_lib.snapshot import (
     slice_state_dict,
     write_state_dict,
 )
+from tier1.training.backends import TorchBackend
 from tier1.training.core_update import train_core_update
 from tier1.training.data import prepare_dataset
 from tier1.training.model import initial_model
+from tier1.training.safeguards import Ewc, Safeguards
 from tier1.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(steps=3, batch_size=4, learning_rate=1e-2)
@@ -28,7 +30,7 @@ def run(tmp_path, small_mixtral, tokenizer, texts, write_jsonl):
     dataset = prepare_dataset({"a": write_jsonl("a.jsonl", rows)}, tokenizer, seq_len=16, out_dir=tmp_path / "packed")
     snapshots, deltas = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "payloads")
 
-    def train(settings=SETTINGS, **changes):
+    def train(settings=SETTINGS, backend=None, safeguards=None, **changes):
         model = initial_model("mixtral", small_mixtral | changes, 0)
         base = SnapshotManifest(
             version=4,
@@ -37,7 +39,8 @@ def run(tmp_path, small_mixtral, tokenizer, texts, write_jsonl):
             tokenizer=snapshots.put(tokenizer),
             blobs=write_state_dict(model.state_dict(), "mixtral", snapshots),
         )
-        return base, snapshots, train_core_update(base, snapshots, dataset, settings, deltas), deltas
+        delta = train_core_update(base, snapshots, dataset, settings, deltas, backend=backend, safeguards=safeguards)
+        return base, snapshots, delta, deltas
 
     return train
 
@@ -83,3 +86,9 @@ def test_a_failed_run_stores_nothing(run, tmp_path, monkeypatch):
     with pytest.raises(TrainingError):
         run()
     assert not list(BlobStore(tmp_path / "payloads").digests())
+
+
+def test_safeguards_are_never_left_out_in_silence(run):
+    """Guards that an engine that has no safeguards is refused when they are asked for."""
+    with pytest.raises(ConfigError, match=r"core\.safeguards must be off with another engine"):
+        run(backend=TorchBackend(), safeguards=Safeguards(ewc=Ewc(weight=1.0)))
