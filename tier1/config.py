@@ -56,6 +56,13 @@ class ModelConfig(Section):
         return self
 
 
+class ClustersConfig(Section):
+    """How many tier-1 clusters co-train, each with a key of its own, and how long one waits for the others' deltas."""
+
+    count: int = Field(default=1, ge=1, le=1000)
+    max_wait_s: float = Field(default=1800.0, ge=0, le=604_800)
+
+
 class RehearsalConfig(Section):
     """Text of old domains that safeguards may look at: datasets (name → JSONL path), at most `rows` rows of them."""
 
@@ -128,6 +135,9 @@ class CoreUpdateConfig(Section):
     activation_checkpointing: bool = False
     deepspeed: DeepSpeedSettings | None = None
     rank_timeout_s: float = Field(default=1800.0, ge=1, le=86_400)
+    schedule_steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    delta_dtype: Literal["float32", "float16"] = "float32"
+    clusters: ClustersConfig = ClustersConfig()
     safeguards: SafeguardsConfig = SafeguardsConfig()
 
     @model_validator(mode="after")

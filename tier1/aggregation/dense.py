@@ -1,74 +1,104 @@
-"""Fold the dense delta of a tier-1 training run into whatever head is when the run is done.
+"""Fold the dense deltas of a round of tier-1 training runs into whatever head is when they are done.
 
-    W_core ← W_core + η_core · ΔW_core,        W_experts ← W_experts + η_T1 · ΔW_experts
+    Δ = (1/n) · Σ_c c_c · ΔW_c
+    W_core ← W_core + η_core · outer(Δ_core),    W_experts ← W_experts + η_T1 · outer(Δ_experts)
 
-The router is trained with the core, lies in the same shards and takes η_core. A delta is additive, so it folds into a
-newer head than the one it was trained on. Slice by slice, in fp64, rounded to fp32 once; a slice whose delta is absent
-or zero keeps its blob.
+n is the number of deltas, c_c the discount of a late one; a single delta without an outer optimiser is the plain core
+update. With Nesterov and several clusters this is DiLoCo (Douillard et al. 2023, arXiv 2311.08105, alg. 1). The router
+is trained with the core, lies in the same shards and takes η_core. A delta is additive, so it folds into a newer head
+than the one it was trained on. Slice by slice, in fp64, in the order given, rounded to fp32 once; a slice whose delta
+is absent or zero in every run keeps its blob and its optimiser state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import PayloadError
 from fednested_lib.snapshot import encode_blob, expert_of, read_slice
+from tier1.aggregation.outer import step_slice
+from tier1.versions.settings import OuterSettings
+
+Tensors = Mapping[str, np.ndarray]
 
 
 def fold_dense_blobs(
     blobs: Mapping[str, str],
-    deltas: Mapping[str, str],
+    deltas: Sequence[tuple[float, Mapping[str, str]]],
     *,
     eta_core: float,
     eta_t1: float,
     store: BlobStore,
     archive: BlobStore,
-) -> dict[str, str]:
-    """Fold a dense delta into the slices of a snapshot.
+    outer: OuterSettings | None = None,
+    states: Mapping[str, str] | None = None,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Fold dense deltas into the slices of a snapshot.
 
     Args:
         blobs: slice key → digest of the parent.
-        deltas: slice key → digest of the fp32 difference in `archive`; slices that did not change are absent.
-        eta_core: step of core and router, ≥ 0.
-        eta_t1: step of the experts, ≥ 0.
-        store: holds the parent's blobs and receives the new ones.
-        archive: holds the delta's blobs.
+        deltas: per run, in canonical order: its coefficient c_c / n, and slice key → digest of the difference in
+            `archive`; slices that did not change are absent.
+        eta_core: step of core and router, ≥ 0; 0 leaves weights and state as they are.
+        eta_t1: step of the experts, likewise.
+        store: holds the parent's blobs and states and receives the new ones.
+        archive: holds the deltas' blobs.
+        outer: the optimiser; None adds Δ as it is.
+        states: slice key → digest of the parent's optimiser state.
 
     Returns:
-        Slice key → digest.
+        Slice key → digest of weights, and of states.
 
     Raises:
-        PayloadError: the delta does not fit the model, or the result is not finite.
+        PayloadError: a delta does not fit the model, or the result is not finite.
         SnapshotError: a blob is missing or corrupt.
         StorageError: the store is full.
     """
-    unknown = sorted(set(deltas) - set(blobs))
+    keys = {key for _, delta in deltas for key in delta}
+    unknown = sorted(keys - set(blobs))
     if unknown:
         raise PayloadError(
             "bad_tensors", f"dense delta names slice {unknown[0][:120]!r}, which the model does not have"
         )
-    folded = dict(blobs)
-    for key in sorted(deltas):
+    folded, kept = dict(blobs), dict(states or {})
+    for key in sorted(keys):
         eta = eta_core if expert_of(key) is None else eta_t1
         if eta == 0.0:
             continue
-        delta = read_slice(key, deltas[key], archive)
-        if any(array.any() for array in delta.values()):
-            folded[key] = store.put(encode_blob(_add(key, read_slice(key, blobs[key], store), delta, eta)))
-    return folded
+        weights = read_slice(key, blobs[key], store)
+        mean = _mean(key, weights, deltas, archive)
+        if mean is None:
+            continue
+        if outer is None:
+            result = {name: (weights[name] + np.float64(eta) * mean[name]).astype(np.float32) for name in weights}
+        else:
+            result, kept[key] = step_slice(weights, mean, eta=eta, outer=outer, digest=kept.get(key), store=store)
+        folded[key] = store.put(encode_blob(_finite(key, result)))
+    return folded, kept
 
 
-def _add(
-    key: str, weights: Mapping[str, np.ndarray], delta: Mapping[str, np.ndarray], eta: float
-) -> dict[str, np.ndarray]:
-    if {name: array.shape for name, array in weights.items()} != {name: array.shape for name, array in delta.items()}:
-        raise PayloadError("bad_shape", f"dense delta of slice {key} has other tensors or shapes than the model")
-    result = {
-        name: (weights[name] + np.float64(eta) * delta[name].astype(np.float64)).astype(np.float32) for name in weights
-    }
+def _mean(
+    key: str, weights: Tensors, deltas: Sequence[tuple[float, Mapping[str, str]]], archive: BlobStore
+) -> dict[str, np.ndarray] | None:
+    """Return Σ coefficient·ΔW of one slice in fp64; None if every run left it as it was."""
+    total: dict[str, np.ndarray] | None = None
+    for coefficient, digests in deltas:
+        delta = read_slice(key, digests[key], archive) if key in digests else {}
+        if not any(array.any() for array in delta.values()):
+            continue
+        if {name: array.shape for name, array in weights.items()} != {n: array.shape for n, array in delta.items()}:
+            raise PayloadError("bad_shape", f"dense delta of slice {key} has other tensors or shapes than the model")
+        if total is None:
+            total = {name: np.zeros(array.shape) for name, array in weights.items()}
+        for name, array in delta.items():
+            total[name] += coefficient * array.astype(np.float64)
+    return total
+
+
+def _finite(key: str, result: Tensors) -> Tensors:
     for name, array in result.items():
         if not np.isfinite(array).all():
             raise PayloadError(

@@ -1,16 +1,16 @@
-"""Outer optimisers: what happens between the aggregate and the weights, per expert matrix.
+"""Outer optimisers: what happens between the aggregate and the weights, per expert matrix or slice of the core.
 
-With Δ = ΔW_agg, the negative pseudo-gradient (FedOpt, Reddi et al. 2021, arXiv 2003.00295, alg. 1; DiLoCo, Douillard et
-al. 2023, arXiv 2311.08105, for Nesterov):
+With Δ = ΔW_agg, or the mean ΔW of a round of core updates (`dense.py`), the negative pseudo-gradient (FedOpt, Reddi et
+al. 2021, arXiv 2003.00295, alg. 1; DiLoCo, Douillard et al. 2023, arXiv 2311.08105, for Nesterov):
 
     momentum   m ← β·m + Δ                                              W ← W + η·m
     nesterov   m ← β·m + Δ                                              W ← W + η·(Δ + β·m)
     adam       m ← β·m + (1 − β)·Δ,  v ← β₂·v + (1 − β₂)·Δ²             W ← W + η·m̂/(√v̂ + ε)
 
-m̂ and v̂ are corrected for the number of steps of *this* matrix. State is fp32, one blob per expert matrix beside the
-weights, named in the manifest: a re-fold with halved η, a fold on another head and replay all start from the parent's.
-An expert that nobody touches keeps weights and state, bit by bit: no decay, no step from old momentum. State of another
-kind of optimiser is put aside and the new kind starts from zero.
+m̂ and v̂ are corrected for the number of steps of *this* slice. State is fp32, one blob per slice beside the weights,
+named in the manifest: a re-fold with halved η, a fold on another head and replay all start from the parent's. A slice
+that nobody touches keeps weights and state, bit by bit: no decay, no step from old momentum. State of another kind of
+optimiser is put aside and the new kind starts from zero.
 
 Nesterov 0.9 with η_T2 = 0.5 was best in our trials. A momentum sums up to 1/(1 − β) steps, so it moves an expert by at
 most η·C/(1 − β), C the clip. Adam normalises every coordinate, also one that a single device touched: choose a small η.
@@ -79,7 +79,7 @@ def fold_stepped(
             else:
                 aggregate = _sum(terms)
             weight = read_slice(key, blobs[key], store)[SLICE_TENSOR].copy()
-            state = None if outer is None else _state(outer, states.get(key), weight.shape, store)
+            state = None if outer is None else _state(outer, states.get(key), {"": weight.shape}, store)
             _step(weight, aggregate, eta, outer, state)
             folded[key] = store.put(encode_blob({SLICE_TENSOR: weight}))
             if state is not None:
@@ -105,9 +105,49 @@ def _sum(terms: Sequence[Term]) -> Aggregate:
     return lambda rows: stacked_b[rows] @ stacked_a
 
 
-def _state(outer: OuterSettings, digest: str | None, shape: tuple[int, ...], store: BlobStore) -> State:
-    moments = _MOMENTS[outer.kind]
-    fresh: State = {name: np.zeros(shape, np.float32) for name in moments} | {_STEPS: np.zeros(1, np.int64)}
+def step_slice(
+    weights: Mapping[str, np.ndarray],
+    deltas: Mapping[str, np.ndarray],
+    *,
+    eta: float,
+    outer: OuterSettings,
+    digest: str | None,
+    store: BlobStore,
+) -> tuple[dict[str, np.ndarray], str]:
+    """Move the tensors of one slice by a dense Δ.
+
+    Args:
+        weights: name → fp32, any shape.
+        deltas: name → Δ fp64 of the same shape.
+        eta: step, > 0.
+        outer: the optimiser.
+        digest: the parent's state of this slice; None begins at zero.
+        store: holds that state and receives the new one.
+
+    Returns:
+        The moved weights, fp32, and the digest of the new state.
+
+    Raises:
+        SnapshotError: the state is missing or corrupt.
+        StorageError: the store is full.
+    """
+    state = _state(outer, digest, {name: array.shape for name, array in weights.items()}, store)
+    state[_STEPS] += 1
+    moved = {}
+    with one_thread():
+        for name in sorted(weights):
+            moments = [torch.from_numpy(state[moment + name]) for moment in _MOMENTS[outer.kind]]
+            move = _moved(torch.from_numpy(deltas[name]), moments, int(state[_STEPS][0]), outer)
+            moved[name] = (weights[name] + np.float64(eta) * move.numpy()).astype(np.float32)
+    return moved, store.put(encode_blob(state))
+
+
+def _state(outer: OuterSettings, digest: str | None, shapes: Mapping[str, tuple[int, ...]], store: BlobStore) -> State:
+    """Return the moments, named by kind and tensor, of the parent; zero where it has none of this kind and shape."""
+    fresh: State = {
+        moment + name: np.zeros(shape, np.float32) for moment in _MOMENTS[outer.kind] for name, shape in shapes.items()
+    }
+    fresh[_STEPS] = np.zeros(1, np.int64)
     if digest is None:
         return fresh
     found = {name: array.copy() for name, array in decode_blob(store.get(digest)).items()}
@@ -125,18 +165,19 @@ def _step(
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         delta = aggregate(rows)
-        move = delta if outer is None else _moved(delta, rows, outer, state)
-        target[rows] = target[rows].double().add_(move, alpha=eta)
+        if outer is not None:
+            moments = [torch.from_numpy(state[name])[rows] for name in _MOMENTS[outer.kind]]
+            delta = _moved(delta, moments, int(state[_STEPS][0]), outer)
+        target[rows] = target[rows].double().add_(delta, alpha=eta)
 
 
-def _moved(delta: torch.Tensor, rows: slice, outer: OuterSettings, state: State) -> torch.Tensor:
-    moments = [torch.from_numpy(state[name])[rows] for name in _MOMENTS[outer.kind]]
+def _moved(delta: torch.Tensor, moments: Sequence[torch.Tensor], steps: int, outer: OuterSettings) -> torch.Tensor:
+    """Return the move that Δ fp64 leads to, and move the fp32 moments in place."""
     beta = outer.beta
     if outer.kind != "adam":
         momentum = moments[0].double().mul_(beta).add_(delta)
         moments[0].copy_(momentum)
         return momentum if outer.kind == "momentum" else delta + beta * momentum
-    steps = int(state[_STEPS][0])
     mean = moments[0].double().mul_(beta).add_(delta, alpha=1 - beta)
     square = moments[1].double().mul_(outer.beta2).add_(delta.square(), alpha=1 - outer.beta2)
     moments[0].copy_(mean)

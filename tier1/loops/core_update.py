@@ -25,6 +25,7 @@ from fednested_lib.failpoints import failpoint
 from fednested_lib.log import DENSE
 from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.federation import Federation
+from tier1.loops.core_round import candidate_ref, folded_elsewhere, gather_round, keep_state, last_state
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.memory import authorise_datasets, chosen_safeguards, memory_of, rehearsed_datasets
 from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
@@ -35,7 +36,7 @@ from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
 
 if TYPE_CHECKING:
     from tier1.training.backends import Backend
-    from tier1.training.checkpoint import Checkpoints, Mirror
+    from tier1.training.checkpoint import Checkpoints, Found, Mirror
     from tier1.training.core_update import DenseDelta
     from tier1.training.deepspeed_config import DeepSpeedSettings
 
@@ -139,8 +140,12 @@ def _train(
     from tier1.training.settings import TrainSettings
 
     core, base = fed.config.core, fed.chain.state().versions[base_version]
+    before: list[Found | None] = []  # rank 0 alone has it
+    first = ranks.first(lambda: _begin(fed, before))
     settings = TrainSettings(
-        steps=core.steps,
+        steps=core.schedule_steps or core.steps,
+        first_step=first,
+        last_step=first + core.steps,
         batch_size=core.batch_size,
         learning_rate=core.learning_rate,
         seed=core.seed,
@@ -156,7 +161,7 @@ def _train(
         n_bytes=0,
         n_set_aside=data.n_set_aside,
     )
-    with progress(core.steps, f"core update from v{base_version}", shown=ranks.rank == 0) as on_step:
+    with progress(settings.end, f"core update from v{base_version}", shown=ranks.rank == 0) as on_step:
         delta = train_core_update(
             base.snapshot,
             fed.blobs,
@@ -165,6 +170,9 @@ def _train(
             fed.archive,
             backend=_engine(core.deepspeed),
             ranks=ranks,
+            moments=before[0].state if before and before[0] else None,
+            keep_state=core.schedule_steps is not None,
+            dtype=core.delta_dtype,
             checkpoints=_checkpoints(fed, run_id, mirror),
             on_step=on_step,
             safeguards=chosen_safeguards(fed),
@@ -180,6 +188,12 @@ def _train(
             loss_last=delta.report.loss_last,
         )
     return delta
+
+
+def _begin(fed: Federation, before: list[Found | None]) -> int:
+    """Read what this cluster's run before has kept into `before` and return the step that it ended with."""
+    before.append(last_state(fed))
+    return before[0].progress.step if before[0] else 0
 
 
 def _engine(chosen: DeepSpeedSettings | None) -> Backend | None:
@@ -217,6 +231,7 @@ def _keep(fed: Federation, delta: DenseDelta, base_version: int, run_id: str, st
         "fisher": dict(delta.fisher),
     }
     write_durable(_run_path(fed, run_id, ".json"), canonical_json(record))
+    keep_state(fed, delta)
     shutil.rmtree(_run_path(fed, run_id, ".checkpoints"), ignore_errors=True)
     failpoint("core.after_training")
 
@@ -269,7 +284,7 @@ def _protection(fed: Federation) -> dict[str, str]:
 
 
 def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
-    """Fold a published dense delta into head, as its record in the log says it.
+    """Fold a published dense delta into head, as its record in the log says it, with those of other clusters.
 
     Raises:
         PolicyDenied: the trainer may not aggregate from this topic.
@@ -290,20 +305,30 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
             f"{DENSE}[{place['partition']}] offset {place['offset']} holds update {dense.update_id[:12]}, the run "
             f"published {ref.update_id[:12]}: the log re-used offsets; restore it or run core_update under a new name"
         )
+    updates = gather_round(fed, dense)
+    if not updates:
+        return folded_elsewhere(fed, dense)
     candidate = fold_candidate(
-        state.head,
-        Inputs(dense=dense),
+        fed.chain.state().head,
+        Inputs.of_round(updates),
         rates=fed.config.rates,
         settings=fed.config.aggregation,
         blobs=fed.blobs,
         archive=fed.archive,
         trainer=fed.config.identity.principal,
         authorisation=grant.id,
-        lineage=receipt["lineage"],
+        lineage=[record for update in updates for record in _lineage(fed, update, receipt)],
     )
     digest = save_candidate(fed.home, candidate)
     log.info("core_update.folded", candidate=digest, head=candidate.parent_version, base=dense.base_version)
-    return CandidateRef(digest=digest, parent_version=candidate.parent_version, n_accepted=1, n_refused=0)
+    return candidate_ref(digest, candidate)
+
+
+def _lineage(fed: Federation, update: DenseInput, own: dict) -> list[str]:
+    """Return the lineage of a run; another cluster's is known here where the clusters share a home."""
+    if update.update_id == own["dense"]["update_id"]:
+        return own["lineage"]
+    return _receipt(fed, update.update_id)["lineage"] if _dense_path(fed, update.update_id).exists() else []
 
 
 def _receipt(fed: Federation, update_id: str) -> dict:

@@ -259,7 +259,7 @@ def _counts(state: ChainState, number: int) -> bool:
 
 
 def _trainers(candidate: Candidate) -> set[str]:
-    return {candidate.trainer} | ({candidate.inputs.dense.trainer} if candidate.inputs.dense else set())
+    return {candidate.trainer} | {dense.trainer for dense in candidate.inputs.round}
 
 
 def _passed_gate(sealed: Sealed) -> GateRecord | None:

@@ -137,10 +137,10 @@ def contributors_html(fed: Federation, made: Settled | CandidateRef) -> str:
     if candidate is None:
         return "<p>Nothing was folded.</p>"
     if candidate.inputs.dense:
-        dense = candidate.inputs.dense
-        return (
+        return "".join(
             f"<p>Core update of run {escape(dense.run_id)} by {escape(dense.trainer)}: "
             f"{dense.steps} steps, {dense.tokens} tokens, from version {dense.base_version}.</p>"
+            for dense in candidate.inputs.round
         )
     reasons = Counter(row.reason for row in candidate.refused).most_common()
     text = f"<h3>{len(candidate.accepted)} accepted, {len(candidate.refused)} refused</h3>"

@@ -173,7 +173,7 @@ def _record_versions(fed: Federation, entries: list[Sealed]) -> None:
 def run_of(body: Version) -> str:
     """Return the lineage name of the run that made a version."""
     inputs = body.candidate.inputs
-    return inputs.dense.update_id if inputs.dense else inputs.id()
+    return inputs.dense.update_id if inputs.dense and not inputs.others else inputs.id()
 
 
 def record_promotion(fed: Federation, number: int, decision: DecisionInput, access: AccessDecision) -> tuple[str, ...]:

@@ -44,9 +44,11 @@ class DenseDelta:
     Args:
         base_version: Version of the snapshot that training started from.
         base_digest: Its digest.
-        blobs: Slice key → digest of the fp32 difference; a slice that did not change is absent.
+        blobs: Slice key → digest of the difference, fp32 or fp16; a slice that did not change is absent.
         dataset_digest: Content hash of what it was trained on.
         report: Losses, steps and tokens.
+        last_step: Step of the schedule that the run ended with.
+        state: What the next run of the same cluster may go on from, the backend's training state; None: not asked for.
         fisher: Slice key → digest of the Fisher information that protects all runs so far; with EWC.
     """
 
@@ -55,6 +57,8 @@ class DenseDelta:
     blobs: Mapping[str, str]
     dataset_digest: str
     report: TrainReport
+    last_step: int
+    state: Mapping[str, Tensor] | None = field(default=None, repr=False)
     fisher: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -67,6 +71,9 @@ def train_core_update(
     *,
     backend: Backend | None = None,
     ranks: Ranks = ALONE,
+    moments: Mapping[str, Tensor] | None = None,
+    keep_state: bool = False,
+    dtype: str = "float32",
     checkpoints: Checkpoints | None = None,
     on_step: OnStep | None = None,
     safeguards: Safeguards | None = None,
@@ -82,6 +89,9 @@ def train_core_update(
         deltas: Receives one blob per changed slice, cut as a snapshot is.
         backend: Engine; plain torch by default.
         ranks: Those that train together.
+        moments: Optimiser state of the run before, where ``settings.first_step`` is not 0 (see ``train``).
+        keep_state: Return the training state as well.
+        dtype: Of the stored difference, ``float32`` or ``float16``.
         checkpoints: Where the run goes on from and saves; what the run is, is added here. None is off.
         on_step: Called with step number (from 1) and loss after each step.
         safeguards: Against forgetting, with the default backend; part of what the run is. None: there are none.
@@ -108,17 +118,20 @@ def train_core_update(
         family=base.family,
         backend=backend,
         ranks=ranks,
+        moments=moments,
         checkpoints=checkpoints,
         on_step=on_step,
     )
     after = backend.state_dict()
-    blobs = ranks.first(lambda: _store(base, read_state_dict(base, snapshots), after, deltas))
+    blobs = ranks.first(lambda: _store(base, read_state_dict(base, snapshots), after, deltas, dtype))
     return DenseDelta(
         base_version=base.version,
         base_digest=base.digest,
         blobs=blobs,
         dataset_digest=dataset.digest,
         report=report,
+        last_step=settings.end,
+        state=backend.training_state() if keep_state else None,
         fisher=ranks.first(lambda: _store_fisher(model, after, base, dataset, safeguards, memory, deltas)),
     )
 
@@ -142,12 +155,12 @@ def _store_fisher(
 
 
 def _store(
-    base: SnapshotManifest, before: dict[str, Tensor], after: dict[str, Tensor], deltas: BlobStore
+    base: SnapshotManifest, before: dict[str, Tensor], after: dict[str, Tensor], deltas: BlobStore, dtype: str
 ) -> dict[str, str]:
     # A tied head is in the model's state under two names, in the snapshot under one.
     delta = dense_delta(before, {name: after[name] for name in before}, base.family)
     return {
-        key: deltas.put(encode_blob(tensors))
+        key: deltas.put(encode_blob({name: array.astype(dtype) for name, array in tensors.items()}))
         for key, tensors in slice_state_dict(delta, base.family)
         if any(array.any() for array in tensors.values())
     }

@@ -15,7 +15,9 @@ class TrainSettings:
     """Hyper-parameters of one training run.
 
     Args:
-        steps: Optimiser steps, ≥ 1.
+        steps: Optimiser steps of the schedule, ≥ 1.
+        first_step: Steps of the schedule that earlier runs took; this one goes on from their optimiser state.
+        last_step: Step after which this run ends; None: with the schedule. Beyond it the rate stays at its end.
         batch_size: Rows per step over all ranks together, ≥ 1.
         learning_rate: Peak rate of the core, and of the groups that have none of their own.
         expert_learning_rate: Peak rate of the experts.
@@ -33,6 +35,8 @@ class TrainSettings:
     """
 
     steps: int
+    first_step: int = 0
+    last_step: int | None = None
     batch_size: int = 8
     learning_rate: float = 3e-3
     expert_learning_rate: float | None = None
@@ -45,6 +49,11 @@ class TrainSettings:
     micro_batch: int | None = None
     activation_checkpointing: bool = False
     threads: int = 1
+
+    @property
+    def end(self) -> int:
+        """Step after which this run ends."""
+        return self.steps if self.last_step is None else self.last_step
 
     def rate_of(self, group: Group) -> float:
         """Return the peak learning rate of one parameter group."""

@@ -14,7 +14,7 @@ on as well, equal up to the order of sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fednested_lib.errors import DataError, TrainingError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.partition import group_of
-from tier1.training.backends import Backend, TorchBackend
+from tier1.training.backends import WEIGHTS, Backend, TorchBackend
 from tier1.training.checkpoint import Checkpoints, Found, Progress
 from tier1.training.meter import Meter
 from tier1.training.ranks import ALONE, Ranks
@@ -59,6 +59,7 @@ def train(
     family: str,
     backend: Backend | None = None,
     ranks: Ranks = ALONE,
+    moments: Mapping[str, Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep | None = None,
 ) -> TrainReport:
@@ -71,6 +72,8 @@ def train(
         family: Model family, a key of the partition rules.
         backend: Engine; plain torch by default.
         ranks: Those that share the batches; every rank calls.
+        moments: What the backend's ``training_state`` was at ``settings.first_step``, if that is not 0; the weights
+            in it are not used. Rank 0 passes it.
         checkpoints: Where to go on from, and where rank 0 saves; None is off.
         on_step: Called with step number (from 1) and loss after each step.
 
@@ -88,7 +91,10 @@ def train(
     _check_vocabulary(tokens, model.config.vocab_size)
     backend, meter = backend or TorchBackend(), Meter(model, family, ranks)
     backend.prepare(model, settings, family, ranks)
-    progress = _resume(backend, ranks, checkpoints) if checkpoints else Progress()
+    if settings.first_step:
+        _continue(backend, ranks, moments)
+    progress = Progress(step=settings.first_step)
+    progress = _resume(backend, ranks, checkpoints, progress) if checkpoints else progress
     with _numeric_profile(settings.threads, ranks.device):
         for step, chosen in islice(enumerate(batches(len(tokens), settings), start=1), progress.step, None):
             torch.manual_seed(_seed_of(settings.seed, step, ranks.rank))
@@ -98,16 +104,17 @@ def train(
             if not math.isfinite(loss):
                 raise TrainingError(_not_finite(step, chosen, settings))
             meter.count(rows.numel() * ranks.world_size)
-            progress = Progress(step=step, loss_first=loss if step == 1 else progress.loss_first, loss_last=loss)
+            first = loss if step == settings.first_step + 1 else progress.loss_first
+            progress = Progress(step=step, loss_first=first, loss_last=loss)
             if on_step:
                 on_step(step, loss)
-            if checkpoints and step % checkpoints.every == 0 and step < settings.steps:
+            if checkpoints and step % checkpoints.every == 0 and step < settings.end:
                 _save(backend, ranks, checkpoints, progress)
             failpoint("core.after_step")
     if ranks.rank == 0:
         log.info(
             "core.trained",
-            steps=progress.step,
+            steps=progress.step - settings.first_step,
             loss_first=round(progress.loss_first, 4),
             loss_last=round(progress.loss_last, 4),
             **asdict(meter.read()),
@@ -115,9 +122,15 @@ def train(
     return TrainReport(
         loss_first=progress.loss_first,
         loss_last=progress.loss_last,
-        steps=progress.step,
-        tokens=progress.step * settings.batch_size * (tokens.shape[1] - 1),
+        steps=progress.step - settings.first_step,
+        tokens=(progress.step - settings.first_step) * settings.batch_size * (tokens.shape[1] - 1),
     )
+
+
+def _continue(backend: Backend, ranks: Ranks, moments: Mapping[str, Tensor] | None) -> None:
+    """Give the prepared weights the optimiser state of an earlier run, which rank 0 has."""
+    weights = {WEIGHTS + name: tensor for name, tensor in backend.state_dict().items()}
+    backend.load_training_state(ranks.share(None if moments is None else {**moments, **weights}))
 
 
 def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
@@ -131,8 +144,8 @@ def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
             )
 
 
-def _resume(backend: Backend, ranks: Ranks, checkpoints: Checkpoints) -> Progress:
-    """Load the newest checkpoint of rank 0 on all ranks and return how far it is."""
+def _resume(backend: Backend, ranks: Ranks, checkpoints: Checkpoints, begin: Progress) -> Progress:
+    """Load the newest checkpoint of rank 0 on all ranks and return how far it is; `begin` if there is none."""
     found: list[Found] = []
 
     def read() -> dict | None:
@@ -142,7 +155,7 @@ def _resume(backend: Backend, ranks: Ranks, checkpoints: Checkpoints) -> Progres
 
     progress = ranks.first(read)
     if progress is None:
-        return Progress()
+        return begin
     backend.load_training_state(ranks.share(found[0].state if found else None))
     log.info("core.resumed", step=progress["step"], rank=ranks.rank)
     return Progress(**progress)
@@ -156,7 +169,7 @@ def _save(backend: Backend, ranks: Ranks, checkpoints: Checkpoints, progress: Pr
 def _not_finite(step: int, chosen: np.ndarray, settings: TrainSettings) -> str:
     rows = ", ".join(map(str, chosen[:NAMED_ROWS])) + (", …" if len(chosen) > NAMED_ROWS else "")
     return (
-        f"loss or gradient at step {step} of {settings.steps} is not finite (rows {rows} of the packed data, learning "
+        f"loss or gradient at step {step} of {settings.end} is not finite (rows {rows} of the packed data, learning "
         f"rate {settings.learning_rate:g}): lower core.learning_rate; the weights of step {step - 1} are kept"
     )
 
@@ -186,15 +199,15 @@ def schedule(step: int, settings: TrainSettings) -> float:
     warmup_steps = max(1, round(settings.warmup * settings.steps))
     if step <= warmup_steps:
         return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, settings.steps - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, settings.steps - warmup_steps))
     return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def batches(n_rows: int, settings: TrainSettings) -> Iterator[np.ndarray]:
-    """Yield the row numbers of ``steps`` batches; every row is used once before any is used again."""
+    """Yield the row numbers of all batches to the run's end; every row is used once before any is used again."""
     rng = np.random.Generator(np.random.Philox(settings.seed))
     order = np.empty(0, np.int64)
-    for _ in range(settings.steps):
+    for _ in range(settings.end):
         while len(order) < settings.batch_size:
             order = np.concatenate([order, rng.permutation(n_rows)])
         chosen, order = order[: settings.batch_size], order[settings.batch_size :]

@@ -86,9 +86,9 @@ def _standing(state: ChainState, version: int) -> tuple[str, ...]:
 
 def rows_of(candidate: Candidate) -> tuple[AuditRow, ...]:
     """Return the inputs of a candidate, accepted before refused."""
-    if candidate.inputs.dense is not None:
-        return (_dense(candidate.inputs.dense),)
     cut = candidate.inputs.cut
+    if cut is None:
+        return tuple(map(_dense, candidate.inputs.round))
     return (*(_accepted(cut, row) for row in candidate.accepted), *(_refused(cut, row) for row in candidate.refused))
 
 

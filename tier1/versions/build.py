@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import fednested_lib
@@ -28,13 +29,14 @@ from tier1.aggregation.registry import choose, origin
 from tier1.aggregation.reputation import trusts
 from tier1.aggregation.spool import FactorSpool
 from tier1.aggregation.streaming import dense_root, spooled_grams
-from tier1.aggregation.weights import TIER1_ROOT, Expert, Weighing, device_clips, weigh
+from tier1.aggregation.weights import TIER1_ROOT, Expert, Weighing, device_clips, discount, weigh
 from tier1.versions.admission import NOTHING_ADMITTED, Admission, readmit
 from tier1.versions.archive import Update, envelope_digest, read_delta, restore
-from tier1.versions.manifest import Accepted, Candidate, Inputs
+from tier1.versions.manifest import Accepted, Candidate, DenseInput, Inputs
 from tier1.versions.settings import AggregationSettings, Rates
 from tier1.versions.state import ChainState, VersionView
 
+TIER1_STATE = "tier1/"  # slices of both tiers' optimisers stand in one table: core updates' under this prefix
 FoldExperts = Callable[..., dict[str, str]]  # as `fold_experts`
 
 
@@ -64,12 +66,12 @@ def fold_candidate(
 ) -> Candidate:
     """Fold inputs into `parent`.
 
-    A cut: W_experts ← W_experts + η_T2 · ΔW_agg. A dense update: W_core ← W_core + η_core · ΔW_core and W_experts ←
-    W_experts + η_T1 · ΔW_experts; the parent may be newer than the version it was trained on.
+    A cut: W_experts ← W_experts + η_T2 · ΔW_agg. A round of dense updates: W_core ← W_core + η_core · ΔW_core and
+    W_experts ← W_experts + η_T1 · ΔW_experts; the parent may be newer than the versions they were trained on.
 
     Args:
         parent: the version to build on.
-        inputs: a cut or a dense update.
+        inputs: a cut or a round of dense updates.
         admission: what `admit` made of the cut's records, in any order; payloads are archived.
         rates: step sizes.
         settings: clip, prior, rule and mass.
@@ -85,17 +87,9 @@ def fold_candidate(
         SnapshotError: a blob of the parent or the archive is missing or corrupt.
         StorageError: a disk is full.
     """
-    outer = dict(parent.outer)
     if inputs.dense is not None:
         accepted: list[Accepted] = []
-        folded = fold_dense_blobs(
-            parent.blobs,
-            inputs.dense.blobs,
-            eta_core=rates.eta_core,
-            eta_t1=rates.eta_t1,
-            store=blobs,
-            archive=archive,
-        )
+        folded, outer = _fold_round(parent, inputs.round, rates, settings, blobs, archive)
     else:
         folded, outer, accepted = _fold_updates(
             parent, admission.updates, rates.eta_t2, settings, blobs, archive, fold or fold_experts
@@ -145,6 +139,36 @@ def refold(candidate: Candidate, state: ChainState, rates: Rates, *, blobs: Blob
         authorisation=candidate.authorisation,
         lineage=candidate.lineage,
     )
+
+
+def _fold_round(
+    parent: VersionView,
+    updates: Sequence[DenseInput],
+    rates: Rates,
+    settings: AggregationSettings,
+    blobs: BlobStore,
+    archive: BlobStore,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Fold the dense updates of one round; with an outer optimiser a late one counts less."""
+    outer = settings.core_outer
+    folded, states = fold_dense_blobs(
+        parent.blobs,
+        [(_lateness(parent, update, settings) / len(updates), update.blobs) for update in updates],
+        eta_core=rates.eta_core,
+        eta_t1=rates.eta_t1,
+        store=blobs,
+        archive=archive,
+        outer=outer,
+        states={k.removeprefix(TIER1_STATE): d for k, d in parent.outer.items() if k.startswith(TIER1_STATE)},
+    )
+    return folded, {**parent.outer, **{TIER1_STATE + key: digest for key, digest in states.items()}}
+
+
+def _lateness(parent: VersionView, update: DenseInput, settings: AggregationSettings) -> float:
+    """Return the discount for rounds of core updates since the base; without an outer optimiser there is none."""
+    since = takewhile(lambda view: view.version > update.base_version, parent.lineage())
+    missed = sum(view.dense is not None for view in since)
+    return 1.0 if settings.core_outer is None else discount(missed, settings)
 
 
 def _fold_updates(

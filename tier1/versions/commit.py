@@ -167,7 +167,12 @@ def _settled(candidate: Candidate, chain: Chain, state: ChainState) -> Settlemen
     if seq is not None:
         return Settlement(outcome="already", sealed=chain.entries()[seq], candidate=candidate)
     cut = candidate.inputs.cut
-    if cut is None or _is_pending(candidate, state):
+    if _is_pending(candidate, state):
+        return None
+    if cut is None:
+        waiting = {sealed.entry.body.candidate.inputs.id() for sealed in state.pending}
+        if any(part in state.spent or part in waiting for part in candidate.inputs.parts()):
+            raise ChainConflict("a part of this round of core updates was folded by another committer: fold again")
         return None
     if not continues(state, cut):
         starts = {partition: start for partition, (start, _) in cut.ranges.items()}

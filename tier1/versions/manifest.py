@@ -17,6 +17,8 @@ Head and champion are derived from these (`chain.ChainState`); no other place kn
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
@@ -127,22 +129,44 @@ class DenseInput(DenseUpdate):
     offset: int = Field(ge=0)
 
 
-class Inputs(Document):
-    """What one version consumed: a device cut or one dense update."""
+class Inputs(GrownDocument):
+    """What one version consumed: a device cut, or the dense updates of a round in the order of their ids."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"others"})
 
     cut: Cut | None = None
     dense: DenseInput | None = None
+    others: list[DenseInput] = []  # of the same round, from other clusters
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Inputs:
         if (self.cut is None) == (self.dense is None):
             raise ValueError("inputs must be exactly one of cut and dense")
+        ids = [dense.update_id for dense in self.round]
+        if (self.others and self.dense is None) or any(a >= b for a, b in pairwise(ids)):
+            raise ValueError("dense updates of a round must differ and stand in the order of their ids")
         return self
+
+    @classmethod
+    def of_round(cls, updates: Iterable[DenseInput]) -> Inputs:
+        """Return the inputs that a round of dense updates, in any order, makes."""
+        first, *others = sorted(updates, key=lambda dense: dense.update_id)
+        return cls(dense=first, others=others)
+
+    @property
+    def round(self) -> list[DenseInput]:
+        """The dense updates that are folded together; empty for a cut."""
+        return [] if self.dense is None else [self.dense, *self.others]
 
     def id(self) -> str:
         """Name the inputs, so that a second run of the same inputs is recognised."""
-        dense = None if self.dense is None else self.dense.update_id
-        return sha256_hex(canonical_json({"cut": self.cut and self.cut.model_dump(mode="json"), "dense": dense}))
+        document = {"cut": self.cut and self.cut.model_dump(mode="json"), "dense": self.dense and self.dense.update_id}
+        others = {"others": [dense.update_id for dense in self.others]} if self.others else {}
+        return sha256_hex(canonical_json({**document, **others}))
+
+    def parts(self) -> list[str]:
+        """Return what each dense update of a round would be called if it were folded alone."""
+        return [Inputs(dense=dense).id() for dense in self.round] if self.others else []
 
 
 class NumericProfile(Document):
@@ -237,7 +261,7 @@ class Candidate(GrownDocument):
     trainer: str  # identity that ran the fold or the training
     authorisation: str  # id of the policy decision
     lineage: list[str]  # ids in the lineage outbox
-    outer: dict[str, Digest] = {}  # slice key -> state of the outer optimiser; absent: never touched by one
+    outer: dict[str, Digest] = {}  # slice key, or tier1/<slice key> -> state of an outer optimiser; absent: none yet
 
 
 class Genesis(Document):

@@ -252,9 +252,9 @@ def _evidence(sealed: Sealed, archive: BlobStore, devices: Mapping[str, Device],
         for accepted in candidate.accepted:
             _check_key(accepted, devices)
             yield restore(accepted, archive)
-        if candidate.inputs.dense is not None:
-            verify_dense(candidate.inputs.dense, trusted)
-            for digest in candidate.inputs.dense.blobs.values():
+        for dense in candidate.inputs.round:
+            verify_dense(dense, trusted)
+            for digest in dense.blobs.values():
                 archive.get(digest)
                 yield None
     except (ContractError, ChainCorrupt) as error:

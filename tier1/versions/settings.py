@@ -38,7 +38,7 @@ class ReputationSettings(Document):
 
 
 class OuterSettings(Document):
-    """Outer optimiser on −ΔW_agg, per expert matrix (`aggregation.outer`)."""
+    """Outer optimiser on −ΔW, per expert matrix of a cut or slice of a round of core updates (`aggregation.outer`)."""
 
     kind: Literal["momentum", "nesterov", "adam"] = "nesterov"
     beta: float = Field(default=0.9, ge=0, lt=1)  # of momentum and Nesterov; β₁ of Adam
@@ -52,7 +52,7 @@ class AggregationSettings(GrownDocument):
     later: ClassVar[frozenset[str]] = frozenset(
         {"max_expert_norm", "max_step_norm", "staleness", "hinge_delay", "hinge_slope", "reputation"}
         | {"rule_options", "root", "scope", "measure", "outer", "norm_ratio", "expert_norm_ratio", "token_ratio"}
-        | {"probe", "mass_ratio"}
+        | {"probe", "mass_ratio", "core_outer"}
     )
 
     # admission
@@ -85,3 +85,4 @@ class AggregationSettings(GrownDocument):
     mass_ratio: float | None = Field(default=None, gt=0, le=1)  # share of the cut's devices for a full step
     # fold
     outer: OuterSettings | None = None
+    core_outer: OuterSettings | None = None  # of core updates: ΔW is the mean over the clusters of a round

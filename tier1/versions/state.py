@@ -76,7 +76,7 @@ class VersionView:
         outer: slice key → digest of the outer optimiser's state.
         accepted: rows of the updates that it folded; with `refused` what reputation is derived from.
         refused: rows of the records that it refused.
-        dense: the tier-1 delta that it folded, if it folded one.
+        dense: the tier-1 delta that it folded, if it folded one; of a round the first.
     """
 
     version: int
@@ -141,7 +141,7 @@ class ChainState:
         generation: how many times an operator accepted another log.
         records: partition → offset → digest of every record that was consumed from this log.
         claims: (client, key epoch, sequence) → id of the update that was folded or spent.
-        spent: inputs id → position of the entry that consumed them.
+        spent: inputs id → position of the entry that consumed them; of a round also the ids of its parts.
         pending: voided versions whose inputs are to be folded again, oldest first.
     """
 
@@ -286,8 +286,13 @@ class _Ledger:
 
     def _spend_inputs(self, sealed: Sealed, inputs: Inputs) -> None:
         name = inputs.id()
-        if name in self.spent:
-            raise _contradiction(sealed, f"consumes the inputs of {file_name(self.spent[name])} again")
+        # The parts of a pending round stay spent: it is folded again as a whole.
+        parts = [part for part in inputs.parts() if name not in self.pending]
+        for part in (name, *parts):
+            if part in self.spent:
+                raise _contradiction(sealed, f"consumes the inputs of {file_name(self.spent[part])} again")
+        if any(part in self.pending for part in parts):
+            raise _contradiction(sealed, "consumes inputs that are to be folded again alone")
         if name not in self.pending and inputs.cut is not None:
             if not continues(self, inputs.cut):
                 where = {partition: start for partition, (start, _) in inputs.cut.ranges.items()}
@@ -299,7 +304,7 @@ class _Ledger:
             self.offsets = offsets_after(self.offsets, inputs.cut)
             self.log = (inputs.cut.topic, inputs.cut.log_id)
         self.pending.pop(name, None)
-        self.spent[name] = sealed.entry.seq
+        self.spent.update(dict.fromkeys((name, *inputs.parts()), sealed.entry.seq))
 
     def _see(self, sealed: Sealed, candidate: Candidate) -> None:
         for update in candidate.accepted:

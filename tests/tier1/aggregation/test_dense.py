@@ -36,7 +36,10 @@ def put(slices, store: BlobStore) -> dict[str, str]:
 
 def fold(stores, base, delta, eta_core=0.5, eta_t1=0.25):
     blobs, payloads = stores
-    digests = fold_dense_blobs(base, delta, eta_core=eta_core, eta_t1=eta_t1, store=blobs, archive=payloads)
+    digests, states = fold_dense_blobs(
+        base, [(1.0, delta)], eta_core=eta_core, eta_t1=eta_t1, store=blobs, archive=payloads
+    )
+    assert not states
     return digests, {key: decode_blob(blobs.get(digest)) for key, digest in digests.items()}
 
 

@@ -143,6 +143,26 @@ def test_a_delta_is_local_minus_base(small_mixtral):
         dense_delta({"odd": before["lm_head.weight"]}, {"odd": before["lm_head.weight"]}, "mixtral")
 
 
+def test_a_schedule_over_two_runs_is_one_run(small_mixtral):
+    """Guards that a run goes on from moments, rate and rows of the one before: equal weights to the bit."""
+    whole, _ = trained(small_mixtral)
+    model, backend = initial_model("mixtral", small_mixtral, 0), TorchBackend()
+    train(model, ROWS, settings(last_step=2), family="mixtral", backend=backend)
+    state = {
+        name: torch.zeros_like(t) if name.startswith("model.") else t for name, t in backend.training_state().items()
+    }
+    report = train(model, ROWS, settings(first_step=2, last_step=6), family="mixtral", moments=state)
+    assert (report.steps, report.tokens) == (4, 4 * 4 * 16)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in whole.items())
+
+
+def test_beyond_the_schedule_the_rate_stays(small_mixtral):
+    """Guards that a run may go on after its schedule's end: rows go on, the rate stays at a tenth."""
+    beyond = settings(first_step=6, last_step=9)
+    assert [schedule(step, beyond) for step in (6, 7, 9)] == pytest.approx([0.1] * 3)
+    assert len(list(batches(len(ROWS), beyond))) == 9
+
+
 def test_rows_of_another_tokenizer_are_refused(small_mixtral):
     """Guards against an index error deep in the model, on a GPU a dead context: the token and the bound are named."""
     rows = ROWS.copy()

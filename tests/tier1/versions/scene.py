@@ -215,10 +215,12 @@ class Scene:
             archive=self.archive,
         )
 
-    def fold(self, inputs: Cut | DenseInput, rates: Rates | None = None) -> Candidate:
-        """Fold inputs on the current head."""
-        is_cut = isinstance(inputs, Cut)
-        arguments = (Inputs(cut=inputs), self.admit(inputs)) if is_cut else (Inputs(dense=inputs),)
+    def fold(self, inputs: Cut | DenseInput | list[DenseInput], rates: Rates | None = None) -> Candidate:
+        """Fold a cut, a dense update or a round of dense updates on the current head."""
+        if isinstance(inputs, Cut):
+            arguments = (Inputs(cut=inputs), self.admit(inputs))
+        else:
+            arguments = (Inputs.of_round(inputs if isinstance(inputs, list) else [inputs]),)
         return fold_candidate(
             self.chain.state().head,
             *arguments,

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from fednested_lib.log import DENSE
+from fednested_lib.signing import Signer
+from fednested_lib.snapshot import decode_blob
+from tests.federation import make_workspace
+from tier1.federation import Federation, open_federation
+from tier1.loops.core_round import POLL_S, gather_round, last_state, waiting_updates
+from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
+from tier1.loops.evaluate_and_promote import settle_candidate
+from tier1.loops.replay import audit_version, replay_versions
+
+CLUSTERS = {"count": 2, "max_wait_s": 60.0}
+STEPS = 3
+
+
+def make_clusters(directory: Path, **core) -> list[Federation]:
+    """Open one federation as two clusters do: one home and log, a key and an order of rows for each."""
+    core = {"steps": STEPS, "clusters": CLUSTERS, "schedule_steps": 4 * STEPS, **core}
+    path = make_workspace(directory, core=core, aggregation={"core_outer": {"kind": "nesterov", "beta": 0.6}})
+    document = yaml.safe_load(path.read_text())
+    keys = {"tier1": Signer.load(directory / "keys/tier1.key"), "second": Signer.from_seed(b"\x02" * 32)}
+    keys["second"].save(directory / "keys/second.key")
+    trusted = {key.public_key: name for name, key in keys.items()}
+    for seed, name in enumerate(keys):
+        document["identity"] = {**document["identity"], "key": f"keys/{name}.key", "trusted": trusted}
+        document["core"]["seed"] = seed
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump(document))
+    return [open_federation(directory / f"{name}.yaml") for name in keys]
+
+
+def with_clusters(fed: Federation, **changes) -> Federation:
+    """Return the same federation with other `core.clusters`."""
+    core = fed.config.core
+    core = core.model_copy(update={"clusters": core.clusters.model_copy(update=changes)})
+    return Federation(config=fed.config.model_copy(update={"core": core}))
+
+
+def published(fed: Federation, run: str):
+    """Train and publish."""
+    return train_delta(fed, pack_datasets(fed, authorise_training(fed, run)), run)
+
+
+def settled(fed: Federation, ref):
+    """Fold and settle."""
+    return settle_candidate(fed, fold_dense(fed, ref))
+
+
+def test_whoever_is_last_folds_the_round_and_the_other_finds_it_folded(tmp_path):
+    """Two rounds of two clusters are two versions that name both runs, have both lineages and replay to the bit."""
+    clusters = make_clusters(tmp_path)
+    for number in range(2):
+        refs = [published(fed, f"{name}-{number}") for name, fed in zip("ab", clusters, strict=True)]
+        first = settled(clusters[1], refs[1])
+        assert (first.status, first.version) == ("head", number + 1)
+        assert settled(clusters[0], refs[0]).version == number + 1
+    state = clusters[0].chain.state()
+    assert state.head.version == 2
+    candidate = clusters[0].chain.entries()[-1].entry.body.candidate
+    assert {dense.run_id for dense in candidate.inputs.round} == {"a-1", "b-1"}
+    assert len(set(candidate.lineage)) == len(candidate.lineage) > 1
+    assert sum("dense" in line for line in audit_version(clusters[0], 2)) == 2
+    verdicts = [line for line in replay_versions(clusters[0]) if line.startswith("version")]
+    assert all("identical" in line for line in verdicts)
+    assert len(verdicts) == 3
+
+
+def test_nobody_waits_for_ever(tmp_path):
+    """A dead cluster holds the others up for the window and no longer; what it sends later is in the next round."""
+    early, late = make_clusters(tmp_path)
+    ref = published(early, "early")
+    seconds = [0.0]
+
+    def sleep(duration: float) -> None:
+        seconds[0] += duration
+
+    (own,) = waiting_updates(early, early.chain.state())
+    assert gather_round(early, own, clock=lambda: seconds[0], sleep=sleep) == [own]
+    assert CLUSTERS["max_wait_s"] <= seconds[0] < CLUSTERS["max_wait_s"] + 2 * POLL_S
+    assert settled(with_clusters(early, max_wait_s=0.0), ref).version == 1
+    late_ref = train_delta(late, pack_datasets(late, authorise_training(late, "late")), "late", 0)
+    next_ref = published(early, "next")
+    assert settled(late, late_ref).version == settled(early, next_ref).version == 2
+    updates = early.chain.entries()[-1].entry.body.candidate.inputs.round
+    assert {(dense.run_id, dense.base_version) for dense in updates} == {("late", 0), ("next", 1)}
+    assert waiting_updates(early, early.chain.state()) == []
+
+
+def test_a_bad_record_stops_nobody(tmp_path):
+    """Bytes that are no dense update are passed over; the round is folded without them."""
+    first, second = make_clusters(tmp_path)
+    published(first, "a")
+    first.log.append(DENSE, key=b"?", value=b"{}", headers={})
+    assert settled(second, published(second, "b")).version == 1
+    assert len(first.chain.entries()[-1].entry.body.candidate.inputs.round) == 2
+
+
+def test_a_cluster_keeps_optimiser_and_place_in_the_schedule(tmp_path):
+    """The second run goes on at step 4 from moments of the first; a run that died begins where it had begun."""
+    first, _ = make_clusters(tmp_path, clusters={"count": 1}, checkpoint_every=1)
+    settled(first, published(first, "a"))
+    assert last_state(first).progress.step == STEPS
+    settled(first, published(first, "b"))
+    after = last_state(first)
+    assert after.progress.step == 2 * STEPS
+    assert {float(t) for name, t in after.state.items() if name.startswith("optimizer.step.")} == {2.0 * STEPS}
+    assert first.chain.entries()[-1].entry.body.candidate.inputs.dense.steps == STEPS
+
+
+def test_half_precision_deltas_take_half_the_bytes(tmp_path):
+    """A delta in fp16 differs by rounding alone and is half as large; F does not care."""
+    sizes, heads = [], []
+    for dtype in ("float32", "float16"):
+        fed, _ = make_clusters(tmp_path / dtype, clusters={"count": 1}, delta_dtype=dtype)
+        settled(fed, published(fed, "a"))
+        dense = fed.chain.state().head.dense
+        blobs = {key: fed.archive.get(digest) for key, digest in dense.blobs.items()}
+        sizes.append(sum(array.nbytes for data in blobs.values() for array in decode_blob(data).values()))
+        heads.append({key: decode_blob(fed.blobs.get(digest)) for key, digest in fed.chain.state().head.blobs.items()})
+    assert sizes[0] == 2 * sizes[1]
+    for key, tensors in heads[0].items():
+        for name, array in tensors.items():
+            np.testing.assert_allclose(heads[1][key][name], array, atol=2e-5)

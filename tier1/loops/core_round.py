@@ -1,0 +1,139 @@
+"""A round of core updates: what several tier-1 clusters have published on `updates.tier1`, folded together.
+
+A cluster is whoever signs with a key of its own. Its core update ends as it does alone: the delta is on the log,
+signed. Then it waits until every cluster has published one that the chain has not consumed, or for
+`core.clusters.max_wait_s`, and folds all there are; so nobody waits for a cluster that is dead, and what comes late is
+part of the next round, where `aggregation.core_outer` discounts it. Whoever folds first advances head; the others find
+their delta folded.
+
+Between rounds a cluster keeps its optimiser state and its place in the schedule, if `core.schedule_steps` says so
+(DiLoCo's inner optimiser). That is a matter of the cluster alone: it is in no version and is not replayed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import structlog
+
+from fednested_lib.errors import EnvelopeError
+from fednested_lib.log import DENSE
+from tier1.federation import Federation
+from tier1.loops.records import CandidateRef
+from tier1.versions.candidates import save_candidate
+from tier1.versions.manifest import Candidate, DenseInput, Inputs
+from tier1.versions.state import ChainState
+
+if TYPE_CHECKING:
+    from tier1.training.checkpoint import Checkpoints, Found
+    from tier1.training.core_update import DenseDelta
+
+log = structlog.get_logger()
+
+POLL_S = 2.0
+
+
+def gather_round(
+    fed: Federation,
+    own: DenseInput,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[DenseInput]:
+    """Return the dense updates to fold with `own`, itself included; empty if another cluster folded it meanwhile.
+
+    Args:
+        fed: the federation of one cluster.
+        own: what it has published.
+        clock: seconds, of any origin.
+        sleep: waits so many seconds.
+
+    Raises:
+        TransportError: the log does not answer.
+    """
+    settings = fed.config.core.clusters
+    if settings.count == 1:
+        return [own]
+    deadline = clock() + settings.max_wait_s
+    while True:
+        state = fed.chain.state()
+        if _alone(own) in state.spent:
+            return []
+        found = {dense.update_id: dense for dense in (own, *waiting_updates(fed, state))}
+        present = {dense.signer for dense in found.values()}
+        if len(present) >= settings.count or clock() >= deadline:
+            log.info("core_round.gathered", clusters=len(present), of=settings.count, updates=len(found))
+            return list(found.values())
+        sleep(POLL_S)
+
+
+def waiting_updates(fed: Federation, state: ChainState) -> list[DenseInput]:
+    """Return the valid updates on the log that no entry has consumed and none is about to fold again, in log order.
+
+    Raises:
+        TransportError: the log does not answer.
+    """
+    from tier1.versions.admission import admit_dense
+
+    taken = {*state.spent, *(sealed.entry.body.candidate.inputs.id() for sealed in state.pending)}
+    found = []
+    for record in fed.log.read(DENSE, fed.log.watermarks(DENSE)):
+        try:
+            dense = admit_dense(record, state, fed.config.identity.trusted)
+        except EnvelopeError as error:  # one bad record must not stop the clusters
+            log.info("core_round.refused", partition=record.partition, offset=record.offset, reason=error.reason)
+            continue
+        if _alone(dense) not in taken:
+            found.append(dense)
+    return found
+
+
+def folded_elsewhere(fed: Federation, own: DenseInput) -> CandidateRef:
+    """Return the candidate with which another cluster folded `own`."""
+    state = fed.chain.state()
+    candidate: Candidate = fed.chain.entries()[state.spent[_alone(own)]].entry.body.candidate
+    digest = save_candidate(fed.home, candidate)
+    return candidate_ref(digest, candidate)
+
+
+def candidate_ref(digest: str, candidate: Candidate) -> CandidateRef:
+    """Return what the next loop is told of a folded round."""
+    n_accepted = len(candidate.inputs.round)
+    return CandidateRef(digest=digest, parent_version=candidate.parent_version, n_accepted=n_accepted, n_refused=0)
+
+
+def _alone(dense: DenseInput) -> str:
+    return Inputs(dense=dense).id()
+
+
+def last_state(fed: Federation) -> Found | None:
+    """Return where this cluster's schedule stands and its optimiser state; None: at the beginning.
+
+    Raises:
+        TrainingError: the state under this key is of another federation.
+    """
+    return None if fed.config.core.schedule_steps is None else _kept(fed).newest()
+
+
+def keep_state(fed: Federation, delta: DenseDelta) -> None:
+    """Keep what the cluster's next run goes on from, if its schedule spans several.
+
+    Raises:
+        StorageError: the disk is full; the next run goes on from the state before.
+    """
+    from tier1.training.checkpoint import Progress
+
+    if delta.state is None:
+        return
+    report = delta.report
+    progress = Progress(step=delta.last_step, loss_first=report.loss_first, loss_last=report.loss_last)
+    _kept(fed).save(progress, delta.state)
+
+
+def _kept(fed: Federation) -> Checkpoints:
+    from tier1.training.checkpoint import Checkpoints
+
+    directory = fed.home / "dense" / f"cluster-{fed.signer.public_key[:32]}"
+    return Checkpoints(directory=directory, every=1, run={"genesis": fed.chain.entries()[0].digest})
