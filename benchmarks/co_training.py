@@ -11,8 +11,8 @@ text, once as many tokens.
 
     gain kept  =  (loss of genesis − loss of two) / (loss of genesis − loss of one)         on lines the gate never sees
 
-`one` has the learning rate that is best for it, `two` learning rate, β and η (see `docs/training.md`), all chosen on
-seeds 100 to 102; the claim is measured on others.
+`one` has the learning rate that is best for it, `two` learning rate, β and η (see `docs/training.md`), chosen on seeds
+100 and 101; the claim is measured on others.
 
 Traffic counts bytes: what both clusters publish in a round (records and slices) and fetch of the version that is made
 of it, over what two ranks send and receive when they all-reduce the gradients of H steps around a ring, 2·(n − 1)/n of
