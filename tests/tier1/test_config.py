@@ -8,7 +8,6 @@ from fednested_lib.errors import ConfigError
 from tests.federation import make_workspace
 from tier1.config import load_tier1
 from tier1.loops.core_update import _engine
-from tier1.training.backends import TorchBackend
 from tier1.training.deepspeed_backend import DeepSpeedBackend
 
 INF = float("inf")
@@ -40,7 +39,7 @@ def test_a_value_out_of_bounds_is_named(tmp_path, key, value):
 
 def test_the_engine_is_the_one_that_the_file_names(tmp_path):
     """Plain torch unless `core.deepspeed` is there; its stages and sizes are checked when the file is read."""
-    assert isinstance(_engine(load_tier1(make_workspace(tmp_path / "a")).core.deepspeed), TorchBackend)
+    assert _engine(load_tier1(make_workspace(tmp_path / "a")).core.deepspeed) is None
     chosen = {"zero_stage": 3, "expert_parallel": 2, "bf16": True}
     config = load_tier1(make_workspace(tmp_path / "b", core={"deepspeed": chosen}))
     assert isinstance(_engine(config.core.deepspeed), DeepSpeedBackend)
