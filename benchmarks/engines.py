@@ -1,9 +1,11 @@
 """One engine on random rows, on whatever torchrun starts: tokens per second, memory and MFU of one model.
 
+    torchrun --nproc_per_node=8 -m benchmarks.engines --plain
     torchrun --nproc_per_node=8 -m benchmarks.engines
     torchrun --nproc_per_node=8 -m benchmarks.engines --engine '{"zero_stage": 2, "expert_parallel": 8, "bf16": true}'
 
-The first steps warm up and are not counted. The last line is JSON.
+`--plain` is what one would write without this project: the model of transformers, torch's DDP, AdamW and autocast to
+bf16, the loss that the model returns. The first steps warm up and are not counted. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ import argparse
 import json
 
 import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tier1.training.backends import Backend, TorchBackend
 from tier1.training.deepspeed_config import DeepSpeedSettings
 from tier1.training.meter import Meter
 from tier1.training.model import initial_model
-from tier1.training.ranks import join_ranks
+from tier1.training.ranks import Ranks, join_ranks
 from tier1.training.settings import TrainSettings
-from tier1.training.trainer import train
+from tier1.training.trainer import OnStep, train
 
 SHAPE = {
     "vocab_size": 32_000,
@@ -38,6 +43,7 @@ WARM_UP = 3
 def main() -> None:
     """Train and print, on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plain", action="store_true", help="plain torch and transformers, bf16 by autocast")
     parser.add_argument("--engine", type=json.loads, help="core.deepspeed as JSON; plain torch without it")
     parser.add_argument("--shape", type=json.loads, default={}, help="changes of the Mixtral's configuration, JSON")
     parser.add_argument("--rows", type=int, default=8, help="per rank and step")
@@ -63,12 +69,35 @@ def main() -> None:
             elif step > WARM_UP:
                 meters[-1].count(rows[:, 1:].size)
 
-        backend = _backend(args.engine)
-        report = train(model, rows, settings, family="mixtral", backend=backend, ranks=ranks, on_step=on_step)
+        if args.plain:
+            loss_last = _train_plain(model, rows, settings, ranks, on_step)
+        else:
+            backend = _backend(args.engine)
+            report = train(model, rows, settings, family="mixtral", backend=backend, ranks=ranks, on_step=on_step)
+            loss_last = report.loss_last
         if ranks.rank == 0:
-            speed = meters[-1].read()
-            said = {"engine": args.engine, "ranks": ranks.world_size, "device": ranks.device, "parameters": size}
-            print(json.dumps(said | vars(speed) | {"loss_last": report.loss_last}))
+            engine = "plain" if args.plain else args.engine
+            said = {"engine": engine, "ranks": ranks.world_size, "device": ranks.device, "parameters": size}
+            print(json.dumps(said | vars(meters[-1].read()) | {"loss_last": loss_last}))
+
+
+def _train_plain(model: nn.Module, rows: np.ndarray, settings: TrainSettings, ranks: Ranks, on_step: OnStep) -> float:
+    """Train on this rank's rows, the same in every step, and return the last loss."""
+    model = model.to(ranks.device).train()
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    whole = DistributedDataParallel(model) if ranks.world_size > 1 else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    mine = torch.from_numpy(rows[ranks.share_of(len(rows))]).to(ranks.device)
+    for step in range(1, settings.steps + 1):
+        with torch.autocast(torch.device(ranks.device).type, torch.bfloat16):
+            loss = whole(input_ids=mine, labels=mine, output_router_logits=True, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        on_step(step, loss.item())
+    return loss.item()
 
 
 def _backend(engine: dict | None) -> Backend:

@@ -37,7 +37,6 @@ from tier1.training.safeguards import (
     Memory,
     Rehearsed,
     Safeguards,
-    accumulated,
     fisher_diagonal,
 )
 from tier1.training.settings import TrainSettings
@@ -72,7 +71,7 @@ VARIANTS: dict[str, Safeguards] = {
     "replay": Safeguards(replay=REHEARSED),
     "distillation": Safeguards(distillation=REHEARSED),
     "EWC": Safeguards(ewc=Ewc(weight=30.0, rows=64)),
-    "freeze": Safeguards(freeze=Freeze(share=0.2)),
+    "freeze": Safeguards(freeze=Freeze(share=0.13)),  # an even share is 0.125
     "frequencies": Safeguards(frequencies=Frequencies(core=4, router=None, experts=(1, 1, 4, 16))),
     "composed": Safeguards(replay=Rehearsed(weight=0.5, rows=8), distillation=REHEARSED),
 }
@@ -125,7 +124,7 @@ def sequence(variant: str, seed: int) -> Remembered:
 
 def losses_of(safeguards: Safeguards, seed: int) -> np.ndarray:
     """Return the held-out losses [1 + stages, 1 + domains] of a sequence with these safeguards."""
-    model, texts, fisher = _based(seed), _texts(seed), {}
+    model, texts, fisher = based(seed), texts_of(seed), {}
     losses, buffer = [_held_out(model, texts)], [_kept(texts[0])]
     for stage, text in enumerate(texts[1:], start=1):
         backend = SafeguardedBackend(safeguards, Memory(rows=np.concatenate(buffer), fisher=fisher))
@@ -135,11 +134,12 @@ def losses_of(safeguards: Safeguards, seed: int) -> np.ndarray:
         buffer.append(_kept(text))
         if safeguards.ewc:
             own = fisher_diagonal(model, text.train[evenly_spaced(len(text.train), safeguards.ewc.rows)])
-            fisher = accumulated(fisher, own, safeguards.ewc.decay)
+            decay = safeguards.ewc.decay  # as versions add it up (`tier1/aggregation/fisher.py`)
+            fisher = {name: tensor + decay * fisher.get(name, 0) for name, tensor in own.items()}
     return np.array(losses)
 
 
-def _based(seed: int) -> nn.Module:
+def based(seed: int) -> nn.Module:
     """Return a model that has learned the base's domain."""
     model = initial_model("mixtral", MODEL, seed)
     model.load_state_dict(_base_state(seed))
@@ -149,7 +149,7 @@ def _based(seed: int) -> nn.Module:
 @cache
 def _base_state(seed: int) -> dict:
     model = initial_model("mixtral", MODEL, seed)
-    train(model, _texts(seed)[0].train, TrainSettings(**BASE_RUN, seed=seed), family="mixtral")
+    train(model, texts_of(seed)[0].train, TrainSettings(**BASE_RUN, seed=seed), family="mixtral")
     return model.state_dict()
 
 
@@ -161,7 +161,7 @@ def _kept(text: Text) -> np.ndarray:
     return text.train[evenly_spaced(len(text.train), BUFFER)]
 
 
-def _texts(seed: int) -> list[Text]:
+def texts_of(seed: int) -> list[Text]:
     """Return the base's text and the domains'; the seed chooses which fifth of the rows is held out."""
     found = []
     for rows in _packed():
@@ -176,9 +176,14 @@ def _texts(seed: int) -> list[Text]:
 
 @cache
 def _packed() -> list[np.ndarray]:
-    texts = {name: list(_bounded(read())) for name, read in _SOURCES.items()}
+    texts = domain_texts()
     tokenizer = load_tokenizer(train_tokenizer([text for each in texts.values() for text in each], MODEL["vocab_size"]))
     return [pack(texts[name], tokenizer, SEQ_LEN) for name in (BASE, *DOMAINS)]
+
+
+def domain_texts() -> dict[str, list[str]]:
+    """Return the texts of the base and of every domain."""
+    return {name: list(_bounded(read())) for name, read in _SOURCES.items()}
 
 
 def _bounded(texts: Iterable[str]) -> Iterable[str]:

@@ -34,7 +34,7 @@ from tests.policies import pin_policy
 TRAINER, SIDECAR = "nobody", "daemon"
 INTRUDER = Path(__file__).with_name("intruder.py")
 UNPROVEN = {"tcp to an address outside", "tcp over ipv6", "name look-up", "io_uring", "udp to the host"}
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 class NotPossible(Exception):

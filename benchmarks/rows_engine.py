@@ -36,6 +36,9 @@ SAID = {
 }
 SEED, REPEATS = 20261123, 5
 KILLED = {"steps": 16, "every": 5}
+WITHOUT_REHEARSAL = ["ewc", "freeze", "frequencies"]  # all that ZeRO-3 has
+EVERY = ["replay", "distillation", *WITHOUT_REHEARSAL]
+SAFEGUARDED = {"steps": 24, "still": True}
 TIMED = {"steps": REPEATS + 3, "batch_size": 32, "large": True}
 
 
@@ -64,16 +67,55 @@ def engine_resume() -> float:
             run = {"engine": layout, "router_noise": layout == LAYOUTS["zero_1"], **KILLED}
             whole = _done(runner.run(2, **run))[0].weights
             for _ in range(10 // len(cut)):
-                rank, step = rng.randrange(2), rng.randrange(1, KILLED["steps"])
-                with tempfile.TemporaryDirectory() as directory:
-                    ended = runner.run(2, directory=directory, kill={rank: f"core.after_step:{step}"}, **run)
-                    if ended[rank].status != -signal.SIGKILL or ended[1 - rank].error != "TransportError":
-                        raise RuntimeError(f"{layout}, rank {rank} killed at step {step}: {ended}")
-                    resumed = _done(runner.run(2, directory=directory, **run))
-                if len(resumed[0].losses) != KILLED["steps"] - step // KILLED["every"] * KILLED["every"]:
-                    raise RuntimeError(f"{layout}, killed at step {step}: {len(resumed[0].losses)} steps were repeated")
-                equal += all(one.weights == whole for one in resumed)
+                equal += _killed_and_resumed(runner, run, rng) == [whole, whole]
     return 100 * equal / (10 // len(cut) * len(cut))
+
+
+def _killed_and_resumed(runner: RankRunner, run: dict, rng: random.Random) -> list[str]:
+    """Kill one of 2 ranks at a random step, go on, and return the weights that each rank ends with."""
+    rank, step = rng.randrange(2), rng.randrange(1, KILLED["steps"])
+    with tempfile.TemporaryDirectory() as directory:
+        ended = runner.run(2, directory=directory, kill={rank: f"core.after_step:{step}"}, **run)
+        if ended[rank].status != -signal.SIGKILL or ended[1 - rank].error != "TransportError":
+            raise RuntimeError(f"{run['engine']}, rank {rank} killed at step {step}: {ended}")
+        resumed = _done(runner.run(2, directory=directory, **run))
+    if len(resumed[0].losses) != KILLED["steps"] - step // KILLED["every"] * KILLED["every"]:
+        raise RuntimeError(f"{run['engine']}, killed at step {step}: {len(resumed[0].losses)} steps were repeated")
+    return [one.weights for one in resumed]
+
+
+@figure("training.safeguards_equal", unit="1", bound="<= 0.001", cls="full")
+def safeguards_equal() -> float:
+    """Largest relative difference of the loss over 24 steps with safeguards: 1 process, 2 ranks of each layout."""
+    worst = 0.0
+    with _runner("deepspeed") as runner:
+        (plain,) = _done(runner.run(1, **SAFEGUARDED))
+        for safeguards in (EVERY, WITHOUT_REHEARSAL):
+            (one,) = _done(runner.run(1, safeguards=safeguards, **SAFEGUARDED))
+            if _apart(one, plain) < 0.1:
+                raise RuntimeError(f"{safeguards} do nothing: {one.losses}, without {plain.losses}")
+            for layout in (layout for layout in LAYOUTS.values() if _safeguards_of(layout) == safeguards):
+                first, second = _done(runner.run(2, engine=layout, safeguards=safeguards, **SAFEGUARDED))
+                if first.losses != second.losses or first.weights != second.weights:
+                    raise RuntimeError(f"the two ranks differ from each other with {layout}")
+                worst = max(worst, _apart(first, one))
+    return worst
+
+
+@figure("training.safeguards_resume", unit="%", bound="== 100", cls="long")
+def safeguards_resume() -> float:
+    """Share of 6 runs on 2 ranks of every layout, with safeguards and one rank killed, that end bit-equal."""
+    rng, equal = random.Random(SEED), 0
+    with _runner("deepspeed") as runner:
+        for layout in LAYOUTS.values():
+            run = {"engine": layout, "router_noise": False, "safeguards": _safeguards_of(layout), **KILLED}
+            whole = _done(runner.run(2, **run))[0].weights
+            equal += _killed_and_resumed(runner, run, rng) == [whole, whole]
+    return 100 * equal / len(LAYOUTS)
+
+
+def _safeguards_of(layout: dict | None) -> list[str]:
+    return WITHOUT_REHEARSAL if layout and layout["zero_stage"] == 3 else EVERY
 
 
 @figure("training.deepspeed_start", unit="s", cls="full")
@@ -111,8 +153,11 @@ for _layout in LAYOUTS:
 @cache
 def _timed() -> dict[str, Ended]:
     """Run every layout on the same batches and compare the losses; the first steps warm up."""
-    with _runner("deepspeed") as runner:
-        runs = {name: _done(runner.run(2, engine=layout, **TIMED))[0] for name, layout in LAYOUTS.items()}
+    with _runner() as plain, _runner("deepspeed") as runner:  # which takes memory also where it is not used
+        runs = {
+            name: _done((runner if layout else plain).run(2, engine=layout, **TIMED))[0]
+            for name, layout in LAYOUTS.items()
+        }
     for name, run in runs.items():
         if _apart(run, runs["torch"]) > 1e-3:
             raise RuntimeError(f"losses of {name} differ from plain torch's: {run.losses}, {runs['torch'].losses}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ from fednested_lib.trainer_loop import TrainerLoop
 from services.embedded import EmbeddedBroker
 
 PATIENCE_S = 120.0
-ROOT = Path(__file__).parents[1]
 
 
 @figure("sidecar.memory", unit="MB", bound="<= 60", cls="full")
@@ -29,10 +27,8 @@ def sidecar_memory() -> float:
         place.mkdir()
         world = ProcessFederation(place, broker.bootstrap, n_devices=1, training={"updates_per_base": 1000})
         (path,) = world.devices
-        # Without site: the checkout's editable install is 2 MB of import machinery that no device has.
-        command = [sys.executable, "-S", "-m", "fednested_lib.cli", "tier2", "sidecar", "--config", str(path)]
-        packages = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
-        environment = os.environ | MEMORY["sidecar"] | {"PYTHONPATH": packages}
+        command = [sys.executable, "-m", "fednested_lib.cli", "tier2", "sidecar", "--config", str(path)]
+        environment = os.environ | MEMORY["sidecar"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         try:
             return _after_updates(process, path, n=3)

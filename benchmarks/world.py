@@ -102,7 +102,7 @@ class World:
 
     def __init__(self, directory: Path, seed: int, sizes: Sizes = Sizes()):
         self.directory, self.seed, self.sizes = directory, seed, sizes
-        self.corpus = plays.prepare(directory / "text", seed, n_devices=sizes.n_devices)
+        self.corpus = self._prepared()
         self.clients = sorted(self.corpus.devices)
         # Held-out lines of a device are dealt out: tier 1's gate and probe never see what a run is judged by.
         self.suites, self.judges = (
@@ -114,6 +114,9 @@ class World:
         self._attached: tuple[Any, Any, RoutedAdapters] | None = None
         self._rows: dict[str, np.ndarray] = {}
         self._bootstrap()
+
+    def _prepared(self) -> plays.Corpus:
+        return plays.prepare(self.directory / "text", self.seed, n_devices=self.sizes.n_devices)
 
     def _dealt(self, client: str, hand: int, name: str) -> Path:
         lines = self.corpus.suites[f"device-{client}"].read_text(encoding="utf-8").splitlines(keepends=True)

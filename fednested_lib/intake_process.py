@@ -101,11 +101,14 @@ def _in_child(call: Callable[[_Handed], TrainingTelemetry | None]) -> tuple[dict
     """Fork, call, and return what the child said, with the payload that it made.
 
     Raises:
-        ProcessEnded: it was killed, hung, or ended without a word.
+        ProcessEnded: it could not be started, was killed, hung, or ended without a word.
     """
     parent = os.getpid()
-    answer, end = os.pipe()
-    child = os.fork()
+    try:
+        answer, end = os.pipe()
+        child = os.fork()
+    except OSError as error:
+        raise ProcessEnded(_ended(f"cannot be started ({error.strerror})"), 1) from error
     if child == 0:
         os.close(answer)
         _work(call, end, parent)
@@ -116,7 +119,8 @@ def _in_child(call: Callable[[_Handed], TrainingTelemetry | None]) -> tuple[dict
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if said is None or status != 0:
-        raise ProcessEnded(_ended(said is None, status), 128 - status if status < 0 else 1)
+        how = f"did not end within {PATIENCE_S:g} s" if said is None else _how(status)
+        raise ProcessEnded(_ended(how), 128 - status if status < 0 else 1)
     size = int.from_bytes(said[:_SIZE_BYTES], "big")
     return json.loads(said[_SIZE_BYTES : _SIZE_BYTES + size]), said[_SIZE_BYTES + size :]
 
@@ -124,7 +128,8 @@ def _in_child(call: Callable[[_Handed], TrainingTelemetry | None]) -> tuple[dict
 def _work(call: Callable[[_Handed], TrainingTelemetry | None], end: int, parent: int) -> NoReturn:
     code = 1
     try:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # an update that is being made is finished
+        for number in (signal.SIGTERM, signal.SIGINT):  # an update that is being made is finished
+            signal.signal(number, signal.SIG_IGN)
         die_with(parent, signal.SIGKILL)
         handed = _Handed()
         try:
@@ -153,9 +158,9 @@ def _read_all(descriptor: int, deadline: float) -> bytes | None:
     return None
 
 
-def _ended(hung: bool, status: int) -> str:
-    if hung:
-        how = f"did not end within {PATIENCE_S:g} s"
-    else:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with {status}, see above"
+def _how(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with {status}, see above"
+
+
+def _ended(how: str) -> str:
     return f"the process that makes an update anew {how}; the update is still spooled, nothing is lost: start again"

@@ -181,7 +181,8 @@ class KafkaLog:
             self._partitions.clear()
 
     def _note(self, error: Any) -> None:
-        self._last_error = error.str()
+        if error.code() != self._kafka.KafkaError._ALL_BROKERS_DOWN:  # the broker's own error before it says more
+            self._last_error = error.str()
 
     def _unreachable(self, action: str, error: object) -> TransportError:
         for client in list(self._clients.values()):

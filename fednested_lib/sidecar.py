@@ -491,7 +491,8 @@ def check_config(policy: Policy, config: Tier2Config) -> None:
     """Refuse a configuration whose every update the policy would refuse.
 
     Raises:
-        ConfigError: another federation, an encoding or an adapter that the policy does not list.
+        ConfigError: another federation, an encoding or an adapter that the policy does not list; experts would change
+            more often than it lets them.
     """
     if policy.federation != config.federation:
         raise ConfigError(
@@ -513,7 +514,13 @@ def check_config(policy: Policy, config: Tier2Config) -> None:
             f"adapters.rank with outgoing.error_feedback must be 1..{FEEDBACK_MAX_RANK}, got {config.adapters.rank}: "
             "lower it, or set error_feedback to false"
         )
-    how = config.adapters
+    how, days = config.adapters, policy.experts_period_days
+    if how.period_days is not None and (days is None or how.period_days < days):
+        raise ConfigError(
+            f"adapters.period_days = {how.period_days}, but policy {policy.version} lets the adapted experts change "
+            f"{'only with its version' if days is None else f'once in {days} days'} (experts_period_days): "
+            f"{'leave it out' if days is None else f'set it to {days} or more'}, or sign a policy that allows it"
+        )
     try:
         seed = "0" * 32 if how.mode == "fixed_a" else None
         policy.check_adapter(AdapterSpec(rank=how.rank, alpha=how.alpha, mode=how.mode, seed=seed))

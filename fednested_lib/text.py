@@ -8,7 +8,7 @@ rows of seq_len + 1 tokens that overlap by one, so that every token but the firs
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,14 +91,19 @@ def read_texts(path: str | Path) -> tuple[list[str], list[BadRow]]:
 
 def _records(path: Path) -> Iterator[Row | BadRow]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = _text_of(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                yield Row(file=str(path), line=number, text=text)
-            except _Unusable as error:
-                yield BadRow(file=str(path), line=number, reason=str(error))
+        yield from read_lines(file, str(path))
+
+
+def read_lines(lines: Iterable[bytes], file: str, first: int = 1) -> Iterator[Row | BadRow]:
+    """Read the records of consecutive lines of `file`, numbered from `first`."""
+    for number, line in enumerate(lines, start=first):
+        if not line.strip():
+            continue
+        try:
+            text = _text_of(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            yield Row(file=file, line=number, text=text)
+        except Unusable as error:
+            yield BadRow(file=file, line=number, reason=str(error))
 
 
 def require_text(path: str | Path) -> None:
@@ -111,32 +116,42 @@ def require_text(path: str | Path) -> None:
         read_texts(path)
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Why a line is set aside."""
 
 
 def _text_of(line: bytes) -> str:
     if len(line) > MAX_LINE_BYTES:
-        raise _Unusable(f"longer than {MAX_LINE_BYTES} bytes")
+        raise Unusable(f"longer than {MAX_LINE_BYTES} bytes")
     try:
         document = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise _Unusable("not UTF-8") from None
+        raise Unusable("not UTF-8") from None
     except (ValueError, RecursionError):
-        raise _Unusable("not JSON") from None
+        raise Unusable("not JSON") from None
     if not isinstance(document, dict):
-        raise _Unusable("not a JSON object")
+        raise Unusable("not a JSON object")
+    return text_of(document)
+
+
+def text_of(document: Mapping) -> str:
+    """Return the text of a record.
+
+    Raises:
+        Unusable: it has none that can be trained on.
+    """
     parts = [document.get(key) for key in (("text",) if "text" in document else ("prompt", "completion"))]
     if None in parts:
-        raise _Unusable('neither "text" nor "prompt" and "completion"')
+        raise Unusable('neither "text" nor "prompt" and "completion"')
     if not all(isinstance(part, str) for part in parts):
-        raise _Unusable("text is not a string")
+        raise Unusable("text is not a string")
     text = "\n".join(parts)
     if not text.strip():
-        raise _Unusable("text is empty")
-    # JSON may escape half a surrogate pair, which no tokenizer can encode.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _Unusable("text has a lone surrogate")
+        raise Unusable("text is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON may escape half a surrogate pair, which no tokenizer can encode
+        raise Unusable("text has a lone surrogate") from None
     return text
 
 
@@ -149,11 +164,15 @@ def load_tokenizer(data: bytes) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(data.decode("utf-8"))
+        tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the Rust parser raises a bare Exception
         raise SnapshotError(
             "bad_tokenizer", f"tokenizer of {len(data)} bytes cannot be parsed ({error}): publish the snapshot again"
         ) from error
+    # What its file asks for serves batches of sentences: it would cut texts off, and fill them up with other tokens.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

@@ -278,6 +278,21 @@ def accept_log(
     )
 
 
+@app.command("export")
+def export(
+    config: Path = CONFIG,
+    out: Path = typer.Option(..., help="directory that is made"),
+    version: int = typer.Option(None, help="which one; the champion when absent"),
+    shard_gb: float = typer.Option(5.0, min=0.001, help="most gigabytes of one file"),
+) -> None:
+    """Write a version as transformers reads it: config.json, tokenizer.json and sharded safetensors."""
+    from tier1.federation import open_federation
+    from tier1.loops.export_version import export_version
+
+    written = export_version(open_federation(config), out, version, shard_gb=shard_gb)
+    typer.echo(f"version {written} written to {out}")
+
+
 @app.command("status")
 def status(config: Path = CONFIG) -> None:
     """Print the chain: head, champion, versions and what became of them."""

@@ -12,6 +12,8 @@ from fednested_lib.config import MAX_SEED, LogConfig, PublicKey, Section, load_y
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from tier1.training.deepspeed_config import DeepSpeedSettings
+from tier1.training.lora_settings import TARGETS, LoraSettings, Quantised, Target
+from tier1.training.schedule import Kind, Schedule
 from tier1.versions.settings import AggregationSettings, Rates
 
 COMMAND = "fednested init-config tier1"
@@ -120,8 +122,48 @@ class SafeguardsConfig(Section):
         return self
 
 
+class ScheduleConfig(Section):
+    """How the learning rate goes: shares of the steps that rise and (wsd) fall, and the factor at the end."""
+
+    kind: Kind = "cosine"
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    final: float = Field(default=0.1, ge=0, le=1)
+    decay: float = Field(default=0.2, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _parts_of_one_run(self) -> ScheduleConfig:
+        default = {name: field.default for name, field in ScheduleConfig.model_fields.items()}
+        if self.decay != default["decay"] and self.kind != "wsd":
+            raise ValueError(f"decay is of kind wsd alone, got it with {self.kind}: leave it out or set kind to wsd")
+        if self.final != default["final"] and self.kind == "constant":
+            raise ValueError("final must be left out with kind constant, whose rate does not fall: or set kind to wsd")
+        if self.kind == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup + decay must be at most 1, got {self.warmup + self.decay:g}: lower one of them")
+        return self
+
+    def schedule(self) -> Schedule:
+        """Return what the trainer reads."""
+        return Schedule(**self.model_dump())
+
+
+class LoraConfig(Section):
+    """Low-rank training of the core update: rank, alpha, and which projections of attention and experts."""
+
+    rank: int = Field(default=8, ge=1, le=65_536)
+    alpha: float = Field(default=16.0, gt=0, le=1e6)
+    targets: list[Target] = Field(default=list(TARGETS), min_length=1)
+    quantize: Quantised = "none"
+
+    def settings(self) -> LoraSettings:
+        """Return what the trainer reads."""
+        return LoraSettings(**self.model_dump() | {"targets": tuple(sorted(set(self.targets)))})
+
+
+Weight = Annotated[float, Field(gt=0, le=1e9)]
+
+
 class CoreUpdateConfig(Section):
-    """Training of core and experts on governed datasets (name → JSONL path)."""
+    """Training of core and experts on governed datasets (name → JSONL or Parquet path)."""
 
     datasets: dict[str, Path]
     steps: int = Field(default=300, ge=1, le=1_000_000_000)
@@ -133,12 +175,39 @@ class CoreUpdateConfig(Section):
     checkpoint_every: int | None = Field(default=100, ge=1, le=1_000_000_000)
     micro_batch: int | None = Field(default=None, ge=1, le=1_000_000)
     activation_checkpointing: bool = False
+    dedupe: bool = False
+    document_masks: bool = False
+    mixture: dict[str, Weight] | None = None
     deepspeed: DeepSpeedSettings | None = None
+    lora: LoraConfig | None = None
+    metrics_every: int | None = Field(default=10, ge=1, le=1_000_000_000)
+    peak_flops: float | None = Field(default=None, gt=0, le=1e18)
     rank_timeout_s: float = Field(default=1800.0, ge=1, le=86_400)
+    schedule: ScheduleConfig = ScheduleConfig()
     schedule_steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
     delta_dtype: Literal["float32", "float16"] = "float32"
     clusters: ClustersConfig = ClustersConfig()
     safeguards: SafeguardsConfig = SafeguardsConfig()
+
+    @model_validator(mode="after")
+    def _lora_alone(self) -> CoreUpdateConfig:
+        guarded = "safeguards" if any(section for _, section in self.safeguards) else ""
+        others = [name for name in ("deepspeed", "schedule_steps") if getattr(self, name)] + [guarded] * bool(guarded)
+        if self.lora and others:
+            raise ValueError(
+                f"lora must be alone in a core update, got it with {', '.join(others)}: remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> CoreUpdateConfig:
+        names = sorted(self.datasets)
+        if self.mixture is not None and sorted(self.mixture) != names:
+            raise ValueError(
+                f"mixture must have a weight for each of datasets ({', '.join(names)}) and no other, got "
+                f"{', '.join(sorted(self.mixture)) or 'none'}: name the same under both, or leave mixture out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_file_per_name(self) -> CoreUpdateConfig:

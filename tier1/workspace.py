@@ -62,6 +62,7 @@ AGGREGATION_NOTES = """\
 #                              # apart by distances, which LoRA updates from random A hardly have
 #   reputation: {}             # trust from a device's rows in the last versions
 #   outer: {kind: nesterov}    # momentum over versions; halve rates.eta_t2 with it
+#   orthogonal: {}             # a fold keeps clear of the directions that the last ones moved (docs/forgetting.md)
 #   measure: true              # cosine and distance of every update in audit and deck, if nothing else asks for them
 """
 

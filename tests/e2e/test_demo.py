@@ -41,11 +41,11 @@ def test_ctrl_c_and_kill_leave_nothing_behind_and_a_new_run_starts(tmp_path):
     for signum, code in [(signal.SIGINT, 130), (signal.SIGKILL, -9)]:
         demo = start(out)
         # the demo, its broker, MLflow, and the guard of each
-        assert wait_for(lambda: len(mine(str(out))) >= 4 and (out / "home/chain").exists(), 60), mine(str(out))
+        assert wait_for(lambda: len(mine(str(out))) >= 4 and (out / "home/chain").exists(), 180), mine(str(out))
         os.kill(demo.pid, signum)
-        output, _ = demo.communicate(timeout=60)
+        output, _ = demo.communicate(timeout=180)
         assert demo.returncode == code, output
-        assert wait_for(lambda: not mine(str(out)), 20), mine(str(out))
+        assert wait_for(lambda: not mine(str(out)), 90), mine(str(out))
     assert "Traceback" not in output
 
 
@@ -53,7 +53,7 @@ def test_a_directory_that_is_not_a_demo_is_left_alone(tmp_path):
     """The demo replaces only what an earlier demo made."""
     (tmp_path / "thesis.txt").write_text("mine")
     demo = start(tmp_path)
-    output, _ = demo.communicate(timeout=60)
+    output, _ = demo.communicate(timeout=180)
     assert demo.returncode == 2
     assert "choose another --out" in output
     assert (tmp_path / "thesis.txt").read_text() == "mine"

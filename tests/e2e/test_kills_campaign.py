@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 
 import pytest
 
@@ -23,11 +25,21 @@ def test_a_sigkill_in_any_role_loses_and_repeats_nothing(tmp_path):
 
 def test_a_process_that_hangs_is_no_kill(tmp_path, monkeypatch):
     """A process that passed a failpoint and then stands still is an error, not a kill at what it was aimed at."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho outbox.after_row\nexec sleep 60\n")
+    python, said = tmp_path / "python", tmp_path / "said"
+    python.write_text(f"#!/bin/sh\necho outbox.after_row\ntouch '{said}'\nexec sleep 600\n")
     python.chmod(0o755)
     monkeypatch.setattr(kills.sys, "executable", str(python))
     monkeypatch.setattr(kills, "STUCK_S", 0.5)
+
+    class Patient(threading.Timer):
+        """Counts from the line on: half a second may be too short for a shell on a busy machine to begin."""
+
+        def run(self) -> None:
+            while not said.exists():
+                time.sleep(0.01)
+            super().run()
+
+    monkeypatch.setattr(kills.threading, "Timer", Patient)
     driver = kills._Driver(tmp_path / "tier1.yaml", "nowhere:1", seed=0)
     with pytest.raises(RuntimeError, match="device hung for 0.5 s after .'outbox.after_row'"):
         driver.work("device", disturbed=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -80,6 +83,31 @@ def test_a_process_that_is_killed_loses_nothing(spooled, monkeypatch, point):
     (item,) = outbox.pending()
     Intake.open(device.config, outbox).take(0, device.sidecar.state.models)
     assert outbox.pending() == [item]
+
+
+def test_a_machine_that_starts_no_process_is_one_line(spooled, monkeypatch):
+    """No room for another process ends the sidecar with a sentence, not with the kernel's bare error."""
+    device, outbox = spooled
+    apart = IntakeProcess(device.config, outbox)
+    monkeypatch.setattr(os, "fork", Mock(side_effect=OSError(errno.EAGAIN, "no room")))
+    with pytest.raises(ProcessEnded, match=r"cannot be started \(no room\); the update is still spooled"):
+        apart.take(0, device.sidecar.state.models)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_group_does_not_cut_an_update_short(spooled, monkeypatch, number):
+    """What systemd or Ctrl-C sends to both processes leaves the child to finish the update that it makes."""
+    device, outbox = spooled
+    apart = IntakeProcess(device.config, outbox)
+    make = Intake.take
+
+    def take(intake, sequence, models):
+        os.kill(os.getpid(), number)
+        return make(intake, sequence, models)
+
+    monkeypatch.setattr(Intake, "take", take)
+    apart.take(0, device.sidecar.state.models)
+    assert [item.sequence for item in outbox.pending()] == [0]
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ DEVICE = textwrap.dedent(
     directory, bootstrap, topic = sys.argv[1:]
     payloads = [b"0" * 100, b"1" * 40_000, b"2" * 50_000, b"3" * 100]
     outbox = Outbox(directory + "/outbox", max_bytes=1 << 20)
-    log, store = KafkaLog(bootstrap, timeout_s=10), BlobStore(directory + "/payloads")
+    log, store = KafkaLog(bootstrap, timeout_s=60), BlobStore(directory + "/payloads")
     for sequence, payload in enumerate(payloads):
         update_id = sha256_hex(payload)
         outbox.put(sequence, update_id, topic, b"device", payload, update_id.encode())
@@ -322,7 +322,7 @@ DEVICE = textwrap.dedent(
 def _device(directory: Path, bootstrap: str, topic: str, failpoint: str) -> int:
     environment = {**os.environ, "FEDNESTED_FAILPOINT": failpoint}
     command = [sys.executable, "-c", DEVICE, str(directory), bootstrap, topic]
-    return subprocess.run(command, env=environment, check=False, timeout=60).returncode
+    return subprocess.run(command, env=environment, check=False, timeout=300).returncode
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_kill_at_every_step_loses_nothing_and_repeats_only_recognisably(
 ):
     """SIGKILL between any two durable steps, then a restart: each update is in the log, in order, with its bytes."""
     topic = f"t.{uuid.uuid4().hex}"
-    log = KafkaLog(kafka_bootstrap, timeout_s=10)
+    log = KafkaLog(kafka_bootstrap, timeout_s=60)
     log.create_topics({topic: 1})
     assert _device(tmp_path, kafka_bootstrap, topic, failpoint) == -signal.SIGKILL
     assert _device(tmp_path, kafka_bootstrap, topic, "") == 0

@@ -20,6 +20,7 @@ from tests.policies import OPEN, SITE, make_policy, pin_policy
 
 cli = CliRunner()
 STRANGER = Signer.from_seed(b"x" * 32)
+CHOSEN = {"rank": 8, "alpha": 16.0, "experts": "auto", "budget": {"experts": 2}}
 
 
 def _written(tmp_path, **changes):
@@ -146,6 +147,7 @@ def _private(**changes):
         ({"federation": "stage"}, "is for federation fednested, this device is in stage"),
         ({"outgoing": {"encoding": "fp32"}}, "outgoing.encoding = fp32 is not among encodings int8"),
         ({"adapters": {"rank": 9}}, "has no adapter of mode lora, rank 9"),
+        ({"adapters": {**CHOSEN, "period_days": 7}}, "period_days = 7, but policy 1 lets .* only with its version"),
         ({"policy": {"public_key": STRANGER.public_key}}, "signed by another key"),
     ],
 )

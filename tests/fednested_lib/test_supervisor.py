@@ -24,15 +24,18 @@ from fednested_lib.signing import Signer
 from fednested_lib.supervisor import plan
 from tests.policies import pin_policy
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 role, home = sys.argv[1], Path(sys.argv[3]).parent
+other = home / ("trainer.pid" if role == "sidecar" else "sidecar.pid")
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 (home / f"{role}.pid").write_text(str(os.getpid()))
 end = os.environ.get(role.upper())
 if end:
+    while not other.exists() or not other.read_text():  # its end kills the other, which would never say its pid
+        time.sleep(0.01)
     os.write(int(os.environ["FEDNESTED_LAST_WORDS"]), b"loss is nan:\\x1b lower it")
     sys.exit(int(end))
 while True:

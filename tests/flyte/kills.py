@@ -110,7 +110,7 @@ def kill_trigger(directory: Path, bootstrap: str, *, kills: int, seed: int) -> T
         end = log.watermarks(TASKS)[0][1]
         zygote.start()
         positions = KafkaPositions(bootstrap, group=name)
-        _wait_until(lambda: positions.load(TASKS, [0])[0].offset == end)
+        _wait_until(lambda: _committed(positions) == end)
         last_exit = zygote.end(SIGTERM)
         positions.close()
         dead = {record.value for record in log.read(DEAD_TASKS, log.watermarks(DEAD_TASKS))}
@@ -125,6 +125,12 @@ def kill_trigger(directory: Path, bootstrap: str, *, kills: int, seed: int) -> T
         not_buried=sorted(task.task_id for task in tasks if task.kind not in ROUTES and task.to_bytes() not in dead),
         last_exit=last_exit,
     )
+
+
+def _committed(positions: KafkaPositions) -> int | None:
+    """Return the committed offset; None as long as no life was long enough for a commit."""
+    found = positions.load(TASKS, [0]).get(0)
+    return found.offset if found else None
 
 
 def _one_life(zygote: Zygote, rng: random.Random, *, failpoint: bool) -> None:
@@ -262,7 +268,7 @@ class Propeller:
             try:
                 return call(request, timeout=10)
             except grpc.RpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise RuntimeError(error.details()) from error
                 self.refused += 1
                 time.sleep(0.02)

@@ -82,7 +82,7 @@ def test_registering_loads_no_loop() -> None:
         "print([name for name in sys.modules if name in ('tier1.loops.data_engine', 'tier1.loops.findings')])"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.split("\n")[-2] == "[]"
 
 

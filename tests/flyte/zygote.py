@@ -74,7 +74,7 @@ class Zygote:
 
     def __exit__(self, *_: object) -> None:
         self._process.stdin.close()  # the zygote ends its child and itself
-        self._process.wait(20)
+        self._process.wait(90)
 
 
 def _preload(kind: str):

@@ -335,7 +335,7 @@ def _process(config: Path, failpoint: str):
         yield url
     finally:
         process.terminate()
-        assert process.wait(30) == (-signal.SIGKILL if failpoint else 0)
+        assert process.wait(120) == (-signal.SIGKILL if failpoint else 0)
 
 
 def _answers(port: int) -> bool:

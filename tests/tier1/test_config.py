@@ -6,7 +6,7 @@ import pytest
 
 from fednested_lib.errors import ConfigError
 from tests.federation import make_workspace
-from tier1.config import load_tier1
+from tier1.config import ScheduleConfig, load_tier1
 from tier1.loops.core_update import _engine
 from tier1.training.deepspeed_backend import DeepSpeedBackend
 
@@ -46,3 +46,10 @@ def test_the_engine_is_the_one_that_the_file_names(tmp_path):
     assert config.core.deepspeed.model_dump() == chosen | {"offload": False}
     with pytest.raises(ConfigError, match=r"core\.deepspeed\.zero_stage"):
         load_tier1(make_workspace(tmp_path / "c", core={"deepspeed": {"zero_stage": 4}}))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+def test_a_schedule_that_was_written_is_read_again(kind):
+    """Whoever writes a whole configuration, defaults and all, can read it."""
+    written = ScheduleConfig(kind=kind)
+    assert ScheduleConfig(**written.model_dump()) == written

@@ -12,7 +12,7 @@ is absent or zero in every run keeps its blob and its optimiser state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from tier1.aggregation.outer import step_slice
 from tier1.versions.settings import OuterSettings
 
 Tensors = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def fold_dense_blobs(
@@ -58,11 +59,7 @@ def fold_dense_blobs(
         StorageError: the store is full.
     """
     keys = {key for _, delta in deltas for key in delta}
-    unknown = sorted(keys - set(blobs))
-    if unknown:
-        raise PayloadError(
-            "bad_tensors", f"dense delta names slice {unknown[0][:120]!r}, which the model does not have"
-        )
+    _require_known(keys, blobs)
     folded, kept = dict(blobs), dict(states or {})
     for key in sorted(keys):
         eta = eta_core if expert_of(key) is None else eta_t1
@@ -80,6 +77,43 @@ def fold_dense_blobs(
     return folded, kept
 
 
+def require_delta(delta: Mapping[str, str], shapes: Mapping[str, Shapes], archive: BlobStore) -> None:
+    """Check that one run's delta can be folded: all of it is there, fits the model and is finite.
+
+    Args:
+        delta: slice key → digest in `archive`.
+        shapes: slice key → tensor name → shape, of the model's weights.
+        archive: holds the delta's blobs.
+
+    Raises:
+        PayloadError: it does not fit, or is not finite.
+        SnapshotError: a blob is missing or corrupt.
+    """
+    _require_known(delta, shapes)
+    for key, digest in sorted(delta.items()):
+        arrays = read_slice(key, digest, archive)
+        _require_shapes(key, shapes[key], arrays)
+        _finite(key, arrays)
+
+
+def _require_known(keys: Iterable[str], known: Container[str]) -> None:
+    unknown = sorted(key for key in keys if key not in known)
+    if unknown:
+        raise PayloadError(
+            "bad_tensors", f"dense delta names slice {unknown[0][:120]!r}, which the model does not have"
+        )
+
+
+def _require_shapes(key: str, shapes: Shapes, delta: Tensors) -> None:
+    if shapes != shapes_of(delta):
+        raise PayloadError("bad_shape", f"dense delta of slice {key} has other tensors or shapes than the model")
+
+
+def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Return name → shape."""
+    return {name: array.shape for name, array in tensors.items()}
+
+
 def _mean(
     key: str, weights: Tensors, deltas: Sequence[tuple[float, Mapping[str, str]]], archive: BlobStore
 ) -> dict[str, np.ndarray] | None:
@@ -89,8 +123,7 @@ def _mean(
         delta = read_slice(key, digests[key], archive) if key in digests else {}
         if not any(array.any() for array in delta.values()):
             continue
-        if {name: array.shape for name, array in weights.items()} != {n: array.shape for n, array in delta.items()}:
-            raise PayloadError("bad_shape", f"dense delta of slice {key} has other tensors or shapes than the model")
+        _require_shapes(key, shapes_of(weights), delta)
         if total is None:
             total = {name: np.zeros(array.shape) for name, array in weights.items()}
         for name, array in delta.items():

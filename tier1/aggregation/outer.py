@@ -7,10 +7,11 @@ al. 2021, arXiv 2003.00295, alg. 1; DiLoCo, Douillard et al. 2023, arXiv 2311.08
     nesterov   m ← β·m + Δ                                              W ← W + η·(Δ + β·m)
     adam       m ← β·m + (1 − β)·Δ,  v ← β₂·v + (1 − β₂)·Δ²             W ← W + η·m̂/(√v̂ + ε)
 
-m̂ and v̂ are corrected for the number of steps of *this* slice. State is fp32, one blob per slice beside the weights,
-named in the manifest: a re-fold with halved η, a fold on another head and replay all start from the parent's. A slice
-that nobody touches keeps weights and state, bit by bit: no decay, no step from old momentum. State of another kind of
-optimiser is put aside and the new kind starts from zero.
+m̂ and v̂ are corrected for the number of steps k of *this* slice. With `warmup` w the β of momentum and Nesterov rises,
+β_k = β · min(1, (k − 1)/w): Nesterov's first move is Δ then, not (1 + β)·Δ, where weights still change fast. State is
+fp32, one blob per slice beside the weights, named in the manifest: a re-fold with halved η, a fold on another head and
+replay all start from the parent's. A slice that nobody touches keeps weights and state, bit by bit: no decay, no step
+from old momentum. State of another kind of optimiser is put aside and the new kind starts from zero.
 
 Nesterov 0.9 with η_T2 = 0.5 was best in our trials. A momentum sums up to 1/(1 − β) steps, so it moves an expert by at
 most η·C/(1 − β), C the clip. Adam normalises every coordinate, also one that a single device touched: choose a small η.
@@ -173,11 +174,12 @@ def _step(
 
 def _moved(delta: torch.Tensor, moments: Sequence[torch.Tensor], steps: int, outer: OuterSettings) -> torch.Tensor:
     """Return the move that Δ fp64 leads to, and move the fp32 moments in place."""
-    beta = outer.beta
     if outer.kind != "adam":
+        beta = outer.beta * min(1.0, (steps - 1) / outer.warmup) if outer.warmup else outer.beta
         momentum = moments[0].double().mul_(beta).add_(delta)
         moments[0].copy_(momentum)
         return momentum if outer.kind == "momentum" else delta + beta * momentum
+    beta = outer.beta
     mean = moments[0].double().mul_(beta).add_(delta, alpha=1 - beta)
     square = moments[1].double().mul_(outer.beta2).add_(delta.square(), alpha=1 - outer.beta2)
     moments[0].copy_(mean)

@@ -81,11 +81,23 @@ def choose(settings: AggregationSettings) -> Chosen:
                 f"aggregation.{field} needs a Gram matrix, which rule {settings.rule} does not have: remove it or "
                 "choose another rule"
             )
+    _check_orthogonal(rule, settings)
     if rule.needs_root and settings.root is None:
         raise ConfigError(
             f"aggregation.rule {settings.rule} needs a root: set aggregation.root to tier1 or a client id"
         )
     return Chosen(name=settings.rule, rule=rule, options=options)
+
+
+def _check_orthogonal(rule: Rule, settings: AggregationSettings) -> None:
+    """Refuse what would turn a projected step back into the protected directions, coordinate by coordinate."""
+    outer = settings.outer and settings.outer.kind
+    if settings.orthogonal is not None and (rule.dense or outer == "adam"):
+        what = f"rule {settings.rule}" if rule.dense else "outer optimiser adam"
+        raise ConfigError(
+            f"aggregation.orthogonal needs a step that is a sum of updates, which {what} does not make: remove it or "
+            "choose another"
+        )
 
 
 def find_rule(name: str) -> Rule:

@@ -210,6 +210,36 @@ class RegistryState:
     load: Callable[[int], ModelVersion]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """What the registry is told about the steps of one core update.
+
+    Args:
+        update_id: id of the dense update that it published.
+        name: name of the run.
+        base_version: version it trained from.
+        dataset_digest: content hash of what it was trained on.
+        trainer: who trained.
+        steps: per measured step a number for each metric, among them ``step`` and ``at_ms`` (Unix time).
+    """
+
+    update_id: str
+    name: str
+    base_version: int
+    dataset_digest: str
+    trainer: str
+    steps: Sequence[Mapping[str, float]]
+
+    def tags(self) -> dict[str, str]:
+        """Return the tags of the entry."""
+        return {
+            "update_id": self.update_id,
+            "base_version": str(self.base_version),
+            "dataset_digest": self.dataset_digest,
+            "trainer": self.trainer,
+        }
+
+
 class Registry(Protocol):
     """Shows versions to people and serving systems; a view of the chain, never its source."""
 
@@ -235,6 +265,10 @@ class Registry(Protocol):
 
     def repair(self, state: RegistryState) -> tuple[str, ...]:
         """Make the registry show `state` and return one line per change."""
+        ...
+
+    def record_run(self, run: TrainingRun) -> None:
+        """Show the metrics of a training run's steps; a second call with the same update changes nothing."""
         ...
 
 

@@ -20,7 +20,7 @@ import structlog
 from fednested_lib.errors import ChainConflict, ChainCorrupt, GovernanceError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.signing import sha256_hex
-from tier1.governance.ports import ALIASES, ModelVersion, Registered, Registry, RegistryState
+from tier1.governance.ports import ALIASES, ModelVersion, Registered, Registry, RegistryState, TrainingRun
 
 log = structlog.get_logger(__name__)
 
@@ -104,6 +104,10 @@ class RepairableRegistry(abc.ABC):
     @abc.abstractmethod
     def set_anchor(self, digest: str) -> None:
         """Remember a chain head."""
+
+    @abc.abstractmethod
+    def record_run(self, run: TrainingRun) -> None:
+        """Show the metrics of a training run's steps, once."""
 
     def get(self, alias: str) -> Registered | None:
         """Return the version behind an alias, or None."""

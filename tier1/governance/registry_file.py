@@ -13,7 +13,7 @@ from typing import Any
 from fednested_lib.blobs import BlobStore, write_durable
 from fednested_lib.errors import GovernanceError, SnapshotError, StorageError
 from fednested_lib.signing import canonical_json
-from tier1.governance.ports import ModelVersion, Registered
+from tier1.governance.ports import ModelVersion, Registered, TrainingRun
 from tier1.governance.registry import RepairableRegistry
 
 EMPTY: dict[str, Any] = {"anchor": None, "aliases": {}, "entries": []}
@@ -92,6 +92,11 @@ class FileRegistry(RepairableRegistry):
         """Remember a chain head."""
         with self._changing() as document:
             document["anchor"] = digest
+
+    def record_run(self, run: TrainingRun) -> None:
+        """Keep the metrics of a run in a file of its own, ``<stem>.runs/<update id>.json``."""
+        place = self.path.with_suffix(".runs") / f"{run.update_id}.json"
+        write_durable(place, canonical_json({"name": run.name, **run.tags(), "steps": list(run.steps)}))
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:

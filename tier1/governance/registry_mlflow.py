@@ -1,7 +1,8 @@
 """The registry on a real MLflow server: logged models, model versions, aliases; never stages.
 
-Per version: one run with what was measured on every suite, one logged model with `manifest.json` and `snapshot.json` as
-its artifacts, one model version with the tags that name it. Weights stay in the blob store; the snapshot names them.
+Per core update: one run with the metrics of its steps. Per version: one run with what was measured on every suite, one
+logged model with `manifest.json` and `snapshot.json` as its artifacts, one model version with the tags that name it.
+Weights stay in the blob store; the snapshot names them.
 
 Traps of MLflow 3.17 that this module knows: telemetry is on by default; retries make a dead server hang for minutes; a
 missing alias is reported as an invalid parameter; `create_model_version` accepts any foreign source such as `s3://evil`,
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fednested_lib.errors import GovernanceError, TransportError
-from tier1.governance.ports import ModelVersion, Registered
+from tier1.governance.ports import ModelVersion, Registered, TrainingRun
 from tier1.governance.registry import RepairableRegistry
 
 OURS = "models:/m-"
@@ -134,6 +135,21 @@ class MlflowRegistry(RepairableRegistry):
         with self._client() as client:
             client.set_registered_model_tag(self.model_name, ANCHOR, digest)
 
+    def record_run(self, run: TrainingRun) -> None:
+        """Show the metrics of a run's steps as an MLflow run, unless it is there already.
+
+        Raises:
+            TransportError: the server cannot be reached, or failed; calling again goes on with the same MLflow run.
+        """
+        with self._client() as client:
+            experiment = self._experiment(client)
+            known = client.search_runs([experiment], filter_string=f"tags.update_id = '{run.update_id}'")
+            if known and known[0].info.status == "FINISHED":
+                return
+            made = known[0] if known else client.create_run(experiment, run_name=run.name, tags=run.tags())
+            _log_steps(client, made.info.run_id, run)
+            client.set_terminated(made.info.run_id, "FINISHED")
+
     def _model(self) -> Any | None:
         with self._client() as client:
             return _or_none(lambda: client.get_registered_model(self.model_name))
@@ -187,6 +203,20 @@ def _log_metrics(client: Any, run_id: str, version: ModelVersion) -> None:
     named = {f"loss.{suite}": loss for suite, loss in version.losses.items()} | dict(version.metrics)
     now_ms = int(time.time() * 1000)
     metrics = [Metric(name, value, now_ms, version.version) for name, value in sorted(named.items())]
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+
+
+def _log_steps(client: Any, run_id: str, run: TrainingRun) -> None:
+    """Log every number of every step; MLflow keeps one that is logged twice at the same time once."""
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(f"train.{name}", value, int(row["at_ms"]), int(row["step"]))
+        for row in run.steps
+        for name, value in row.items()
+        if name not in ("step", "at_ms")
+    ]
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + BATCH])
 

@@ -26,6 +26,7 @@ from tier1.loops.records import CandidateRef, CutRef, ShardFolded
 from tier1.versions.manifest import Candidate
 
 if TYPE_CHECKING:
+    from tier1.aggregation.orthogonal import Protection
     from tier1.versions.shards import FoldPlan
 
 log = structlog.get_logger()
@@ -68,7 +69,10 @@ def fold_shard(fed: Federation, digest: str, shard: int) -> ShardFolded:
 
     folded = _made(fed, digest, shard)
     if folded is None:
-        folded = shards.fold_shard(load_plan(fed, digest), shard, blobs=fed.blobs, archive=fed.archive)
+        plan = load_plan(fed, digest)
+        folded = shards.fold_shard(
+            plan, shard, blobs=fed.blobs, archive=fed.archive, protected=_protected(fed, plan.draft)
+        )
         write_durable(_place(fed, digest, shard), canonical_json(folded))
         log.info("aggregate.shard_folded", plan=digest, shard=shard, slices=len(folded))
     return ShardFolded(shard=shard, n_slices=len(folded))
@@ -102,6 +106,14 @@ def _merged(fed: Federation, digest: str) -> Candidate:
     for shard in numbers:
         fold_shard(fed, digest, shard)
     return shards.merge(plan, [_made(fed, digest, shard) for shard in numbers])
+
+
+def _protected(fed: Federation, draft: Candidate) -> Protection | None:
+    """Return what the fold keeps clear of; the chain is read only where there may be something."""
+    from tier1.aggregation.orthogonal import protection
+
+    settings = draft.settings.orthogonal
+    return settings and protection(fed.chain.state().versions[draft.parent_version], settings, fed.blobs)
 
 
 def _probed(fed: Federation, candidate: Candidate) -> Candidate:

@@ -13,18 +13,19 @@ Between rounds a cluster keeps its optimiser state and its place in the schedule
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import structlog
 
-from fednested_lib.errors import EnvelopeError
+from fednested_lib.errors import EnvelopeError, PayloadError, SnapshotError
 from fednested_lib.log import DENSE
+from fednested_lib.snapshot import read_slice
 from tier1.federation import Federation
 from tier1.loops.records import CandidateRef
 from tier1.versions.candidates import save_candidate
 from tier1.versions.manifest import Candidate, DenseInput, Inputs
-from tier1.versions.state import ChainState
+from tier1.versions.state import ChainState, VersionView
 
 if TYPE_CHECKING:
     from tier1.training.checkpoint import Checkpoints, Found
@@ -87,6 +88,77 @@ def waiting_updates(fed: Federation, state: ChainState) -> list[DenseInput]:
             continue
         if _alone(dense) not in taken:
             found.append(dense)
+    return found
+
+
+def fold_round(
+    fed: Federation,
+    updates: Sequence[DenseInput],
+    own: DenseInput,
+    *,
+    authorisation: str,
+    lineage: Callable[[DenseInput], list[str]],
+) -> Candidate:
+    """Fold the updates of a round into head, without those of other clusters that cannot be folded.
+
+    What is left out stays on the log: it is part of a later round, if its blobs come back.
+
+    Args:
+        fed: the federation of one cluster.
+        updates: what `gather_round` returned.
+        own: what this cluster has published, one of them.
+        authorisation: id of the grant to aggregate.
+        lineage: returns the lineage records of one update.
+
+    Raises:
+        PayloadError: `own` does not fit the model or is not finite, or the fold is not.
+        SnapshotError: a blob of `own` or of head is missing or corrupt.
+    """
+    from tier1.versions.build import fold_candidate
+
+    head = fed.chain.state().head
+
+    def fold(parts: Sequence[DenseInput]) -> Candidate:
+        return fold_candidate(
+            head,
+            Inputs.of_round(parts),
+            rates=fed.config.rates,
+            settings=fed.config.aggregation,
+            blobs=fed.blobs,
+            archive=fed.archive,
+            trainer=fed.config.identity.principal,
+            authorisation=authorisation,
+            lineage=[record for update in parts for record in lineage(update)],
+        )
+
+    try:
+        return fold(updates)
+    except (PayloadError, SnapshotError):  # another cluster's delta must not stop this one
+        usable = _usable_updates(fed, head, updates, own)
+        if len(usable) == len(updates):
+            raise
+        return fold(usable)
+
+
+def _usable_updates(
+    fed: Federation, parent: VersionView, updates: Sequence[DenseInput], own: DenseInput
+) -> list[DenseInput]:
+    from tier1.aggregation.dense import require_delta, shapes_of
+    from tier1.aggregation.fisher import require_fisher
+
+    keys = {key for update in updates for key in (*update.blobs, *update.fisher)} & set(parent.blobs)
+    shapes = {key: shapes_of(read_slice(key, parent.blobs[key], fed.blobs)) for key in sorted(keys)}
+    found = []
+    for update in updates:
+        try:
+            require_delta(update.blobs, shapes, fed.archive)
+            require_fisher(update.fisher, shapes, fed.archive)
+        except (PayloadError, SnapshotError) as error:
+            if update.update_id == own.update_id:
+                raise
+            log.warning("core_round.unusable", run=update.run_id, update_id=update.update_id, reason=str(error))
+            continue
+        found.append(update)
     return found
 
 

@@ -25,20 +25,22 @@ from fednested_lib.failpoints import failpoint
 from fednested_lib.log import DENSE
 from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.federation import Federation
-from tier1.loops.core_round import candidate_ref, folded_elsewhere, gather_round, keep_state, last_state
+from tier1.loops.core_round import candidate_ref, fold_round, folded_elsewhere, gather_round, keep_state, last_state
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.memory import authorise_datasets, chosen_safeguards, memory_of, rehearsed_datasets
 from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
+from tier1.loops.run_metrics import SUFFIX, metrics_writer, show_runs
 from tier1.training.ranks import ALONE, Ranks
 from tier1.versions.candidates import save_candidate
 from tier1.versions.dense_update import make_dense
-from tier1.versions.manifest import DenseInput, DenseUpdate, Inputs
+from tier1.versions.manifest import DenseInput, DenseUpdate
 
 if TYPE_CHECKING:
     from tier1.training.backends import Backend
     from tier1.training.checkpoint import Checkpoints, Found, Mirror
     from tier1.training.core_update import DenseDelta
     from tier1.training.deepspeed_config import DeepSpeedSettings
+    from tier1.training.step_metrics import StepMetrics
 
 log = structlog.get_logger()
 
@@ -61,16 +63,24 @@ def pack_datasets(fed: Federation, grant: TrainingGrant) -> PackedData:
 
     head = ensure_genesis(fed).head
     sources = {name: path for name, path in fed.config.core.datasets.items() if name in grant.datasets}
+    core, out_dir = fed.config.core, fed.home / "packed"
     packed = prepare_dataset(
-        sources, fed.blobs.get(head.tokenizer), seq_len=fed.config.core.seq_len, out_dir=fed.home / "packed"
+        sources, fed.blobs.get(head.tokenizer), seq_len=core.seq_len, out_dir=out_dir, dedupe=core.dedupe
     )
-    log.info("core_update.packed", rows=packed.n_rows, tokens=packed.n_tokens, set_aside=packed.n_set_aside)
+    log.info(
+        "core_update.packed",
+        rows=packed.n_rows,
+        tokens=packed.n_tokens,
+        set_aside=packed.n_set_aside,
+        duplicates=dict(packed.duplicates),
+    )
     return PackedData(
         digest=packed.digest,
         path=str(packed.path),
         n_rows=packed.n_rows,
         n_tokens=packed.n_tokens,
         n_set_aside=packed.n_set_aside,
+        sources={name: [rows.start, rows.stop] for name, rows in packed.sources.items()},
     )
 
 
@@ -107,7 +117,10 @@ def train_delta(
         base = ranks.first(lambda: _base_of(fed, run_id, base_version))
         delta = _train(fed, data, run_id, base, ranks, mirror)
         ranks.first(lambda: _keep(fed, delta, base, run_id, started_ms))
-    return DenseRef(**ranks.first(lambda: asdict(_publish(fed, run_id))))
+    published = DenseRef(**ranks.first(lambda: asdict(_publish(fed, run_id))))
+    if ranks.rank == 0:
+        show_runs(fed)
+    return published
 
 
 def _base_of(fed: Federation, run_id: str, base_version: int | None) -> int:
@@ -148,9 +161,12 @@ def _train(
         last_step=first + core.steps,
         batch_size=core.batch_size,
         learning_rate=core.learning_rate,
+        schedule=core.schedule.schedule(),
         seed=core.seed,
         micro_batch=core.micro_batch,
         activation_checkpointing=core.activation_checkpointing,
+        document_end=_document_end(fed.blobs.get(base.tokenizer)) if core.document_masks else None,
+        mixture=core.mixture,
         threads=core.threads,
     )
     packed = PackedDataset(
@@ -160,6 +176,7 @@ def _train(
         n_tokens=data.n_tokens,
         n_bytes=0,
         n_set_aside=data.n_set_aside,
+        sources={name: range(first, end) for name, (first, end) in data.sources.items()},
     )
     with progress(settings.end, f"core update from v{base_version}", shown=ranks.rank == 0) as on_step:
         delta = train_core_update(
@@ -168,13 +185,14 @@ def _train(
             packed,
             settings,
             fed.archive,
-            backend=_engine(core.deepspeed),
+            backend=_engine(core.deepspeed) or _low_rank(fed),
             ranks=ranks,
             moments=before[0].state if before and before[0] else None,
             keep_state=core.schedule_steps is not None,
             dtype=core.delta_dtype,
             checkpoints=_checkpoints(fed, run_id, mirror),
             on_step=on_step,
+            metrics=_metrics(fed, run_id),
             safeguards=chosen_safeguards(fed),
             memory=memory_of(fed, base, ranks),
         )
@@ -196,6 +214,12 @@ def _begin(fed: Federation, before: list[Found | None]) -> int:
     return before[0].progress.step if before[0] else 0
 
 
+def _document_end(tokenizer: bytes) -> int:
+    from fednested_lib.text import end_of_text_id, load_tokenizer
+
+    return end_of_text_id(load_tokenizer(tokenizer))
+
+
 def _engine(chosen: DeepSpeedSettings | None) -> Backend | None:
     if chosen is None:
         return None
@@ -204,11 +228,29 @@ def _engine(chosen: DeepSpeedSettings | None) -> Backend | None:
     return DeepSpeedBackend(chosen)
 
 
+def _low_rank(fed: Federation) -> Backend | None:
+    chosen = fed.config.core.lora
+    if chosen is None:
+        return None
+    from tier1.training.lora import LoraBackend
+
+    return LoraBackend(chosen.settings())
+
+
 def _checkpoints(fed: Federation, run_id: str, mirror: Mirror | None) -> Checkpoints | None:
     from tier1.training.checkpoint import Checkpoints
 
     every = fed.config.core.checkpoint_every
     return Checkpoints(directory=_run_path(fed, run_id, ".checkpoints"), every=every, mirror=mirror) if every else None
+
+
+def _metrics(fed: Federation, run_id: str) -> StepMetrics | None:
+    from tier1.training.step_metrics import StepMetrics
+
+    core = fed.config.core
+    write = metrics_writer(_run_path(fed, run_id, SUFFIX))
+    every = core.metrics_every
+    return StepMetrics(every=every, write=write, peak_flops=core.peak_flops) if every else None
 
 
 def _keep(fed: Federation, delta: DenseDelta, base_version: int, run_id: str, started_ms: int) -> None:
@@ -224,12 +266,10 @@ def _keep(fed: Federation, delta: DenseDelta, base_version: int, run_id: str, st
         tokens=delta.report.tokens,
         dataset_digest=delta.dataset_digest,
         trainer=fed.config.identity.principal,
+        fisher=dict(delta.fisher),
+        fisher_decay=delta.fisher_decay,
     )
-    record = {
-        "update": update.model_dump(mode="json"),
-        "lineage": _record_run(fed, update, started_ms),
-        "fisher": dict(delta.fisher),
-    }
+    record = {"update": update.model_dump(mode="json"), "lineage": _record_run(fed, update, started_ms)}
     write_durable(_run_path(fed, run_id, ".json"), canonical_json(record))
     keep_state(fed, delta)
     shutil.rmtree(_run_path(fed, run_id, ".checkpoints"), ignore_errors=True)
@@ -243,7 +283,7 @@ def _publish(fed: Federation, run_id: str) -> DenseRef:
         partition, offset = fed.log.append(DENSE, key=run_id.encode(), value=update.to_bytes(), headers={})
         failpoint("core.after_publish")
         dense = DenseInput(**update.model_dump(), topic=DENSE, partition=partition, offset=offset)
-        record = {"dense": dense.model_dump(mode="json"), "lineage": done["lineage"], "fisher": done.get("fisher", {})}
+        record = {"dense": dense.model_dump(mode="json"), "lineage": done["lineage"]}
         write_durable(_dense_path(fed, update.update_id), canonical_json(record))
     return DenseRef(update_id=update.update_id, run_id=run_id, base_version=update.base_version)
 
@@ -264,6 +304,7 @@ def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[s
             "batch_size": core.batch_size,
             "learning_rate": core.learning_rate,
             "seed": core.seed,
+            **_rows_read(fed),
             **_protection(fed),
         },
         metrics={"tokens": float(update.tokens)},
@@ -271,6 +312,13 @@ def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[s
         finished_ms=_now_ms(),
     )
     return list(fed.lineage.record(run_event(run)))
+
+
+def _rows_read(fed: Federation) -> dict[str, str]:
+    """Return how the packed rows are read, where it is not as they come."""
+    core = fed.config.core
+    masks = {"document_masks": "true"} if core.document_masks else {}
+    return masks | ({"mixture": canonical_json(core.mixture).decode()} if core.mixture else {})
 
 
 def _protection(fed: Federation) -> dict[str, str]:
@@ -290,10 +338,11 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
         PolicyDenied: the trainer may not aggregate from this topic.
         EnvelopeError: the update is altered, unsigned, or was trained on a version that this chain does not have.
         LogError: the log no longer holds the record.
+        PayloadError: the delta does not fit the model, or the fold is not finite.
+        SnapshotError: a blob of the delta or of head is missing or corrupt.
         ChainError: this home knows nothing of the run.
     """
     from tier1.versions.admission import admit_dense
-    from tier1.versions.build import fold_candidate
 
     receipt = _receipt(fed, ref.update_id)
     grant = fed.authorise("aggregate", f"topic:{DENSE}", purpose="fold")
@@ -308,16 +357,8 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
     updates = gather_round(fed, dense)
     if not updates:
         return folded_elsewhere(fed, dense)
-    candidate = fold_candidate(
-        fed.chain.state().head,
-        Inputs.of_round(updates),
-        rates=fed.config.rates,
-        settings=fed.config.aggregation,
-        blobs=fed.blobs,
-        archive=fed.archive,
-        trainer=fed.config.identity.principal,
-        authorisation=grant.id,
-        lineage=[record for update in updates for record in _lineage(fed, update, receipt)],
+    candidate = fold_round(
+        fed, updates, dense, authorisation=grant.id, lineage=lambda update: _lineage(fed, update, receipt)
     )
     digest = save_candidate(fed.home, candidate)
     log.info("core_update.folded", candidate=digest, head=candidate.parent_version, base=dense.base_version)

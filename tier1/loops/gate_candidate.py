@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fednested_lib.errors import ConfigError
+from fednested_lib.errors import ConfigError, DataError
 from fednested_lib.snapshot import SnapshotManifest
 from tier1.evaluation.gate import Bound, GateRow, judge
 from tier1.evaluation.suites import Suite, SuiteRegistry, SuiteResult
@@ -16,13 +16,39 @@ from tier1.versions.state import VersionView
 
 
 def gate_candidate(fed: Federation, candidate: Candidate) -> GateRecord:
-    """Evaluate a candidate and its parent on every suite and judge the difference: the automatic gate."""
+    """Evaluate a candidate and its parent on every suite and judge the difference: the automatic gate.
+
+    Raises:
+        DataError: a suite that the gate before judged is no longer registered, was altered, or is unusable.
+        SnapshotError: a blob is missing or corrupt.
+    """
+    _require_suites_of_before(fed)
     parent = fed.chain.state().versions[candidate.parent_version]
     after = snapshot_of(candidate)
     default, bounds = _bounds(fed)
     report = judge(measure(fed, parent.snapshot), measure(fed, after), default=default, bounds=bounds)
-    rows = [_suite_change(row) for row in report.rows]
+    digests = suite_registry(fed).digests()
+    rows = [_suite_change(row, digests[row.suite]) for row in report.rows]
     return GateRecord(candidate=candidate.digest(), passed=report.passed, reason=report.reason, rows=rows)
+
+
+def _require_suites_of_before(fed: Federation) -> None:
+    """Let no suite leave the gate or change: the registry is a directory, the gate's records are signed."""
+    records = (one.gate for sealed in reversed(fed.chain.entries()) for one in getattr(sealed.entry.body, "tries", []))
+    before = next((record for record in records if record), None)
+    registered = suite_registry(fed).digests()
+    for row in before.rows if before else ():
+        entry = fed.home / "suites" / f"{row.suite}.json"
+        if row.suite not in registered:
+            raise DataError(
+                f"suite {row.suite!r} was judged by the gate before and is not registered any more: restore "
+                f"{entry} and the file that it names, or give its text under evaluation.suites"
+            )
+        if row.suite_digest not in (None, registered[row.suite]):
+            raise DataError(
+                f"suite {row.suite!r} was judged by the gate with digest {row.suite_digest[:12]}, {entry} has "
+                f"{registered[row.suite][:12]}: restore that file; other text needs another name"
+            )
 
 
 def _bounds(fed: Federation) -> tuple[Bound, dict[str, Bound]]:
@@ -36,10 +62,11 @@ def _bounds(fed: Federation) -> tuple[Bound, dict[str, Bound]]:
     return default, {name: replace(default, **own) for name, own in given.items()}
 
 
-def _suite_change(row: GateRow) -> SuiteChange:
+def _suite_change(row: GateRow, digest: str) -> SuiteChange:
     accuracy, completions = row.accuracy, row.completions
     return SuiteChange(
         suite=row.suite,
+        suite_digest=digest,
         before=row.before,
         after=row.after,
         bound=row.bound,

@@ -74,11 +74,11 @@ def _genesis(fed: Federation) -> Genesis:
 
 
 def _fresh(settings: ModelConfig, datasets: Mapping[str, Path]) -> tuple[bytes, PreTrainedModel]:
-    from fednested_lib.text import read_texts
     from tier1.training.model import TINY_MIXTRAL, initial_model
+    from tier1.training.sources import texts_of
     from tier1.training.tokenizer import train_tokenizer
 
-    texts = (text for name in sorted(datasets) for text in read_texts(datasets[name])[0])
+    texts = (text for name in sorted(datasets) for text in texts_of(datasets[name]))
     tokenizer = train_tokenizer(texts, settings.vocab_size)
     shape = {
         **(TINY_MIXTRAL if settings.family == "mixtral" else {}),

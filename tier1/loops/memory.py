@@ -1,14 +1,13 @@
-"""What a core update protects and how: safeguards from the configuration, old rows by grant, Fisher of earlier runs.
+"""What a core update protects and how: safeguards from the configuration, old rows by grant, Fisher of the base.
 
 The old rows are those of the datasets under `core.safeguards.rehearsal`, an equal share of each; the policy is asked
-for every one of them, like for those that are trained on. The Fisher information of a run is archived slice by slice;
-its digests stand in the record of the run beside the chain, under the id of the dense update that a version folded, so
-that the next run finds the sum of all before it by walking from its base towards genesis.
+for every one of them, like for those that are trained on. The Fisher information is the base's: a run with EWC leaves
+its own in its update, signed and archived like its delta, and the version that folds it carries the sum
+(`tier1/aggregation/fisher.py`).
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +65,7 @@ def memory_of(fed: Federation, base: VersionView, ranks: Ranks) -> Memory:
     Raises:
         PolicyDenied: the trainer may not train on a dataset of old domains.
         DataError: such a dataset is unusable.
-        SnapshotError: a blob of an earlier run's Fisher information is missing or corrupt.
+        SnapshotError: a blob of the base's Fisher information is missing or corrupt.
     """
     import numpy as np
 
@@ -96,16 +95,8 @@ def _pack(fed: Federation, base: VersionView) -> list[str]:
 
 
 def _earlier_fisher(fed: Federation, base: VersionView) -> dict[str, Tensor]:
-    """Return the sum of Fisher information that the newest run behind `base` has left; empty: there is none."""
-    for view in base.lineage():
-        blobs = fisher_of(fed.home, view.dense.update_id) if view.dense else {}
-        if blobs:
-            return read_state_dict(replace(base.snapshot, blobs=blobs), fed.archive)
+    """Return the Fisher information that the base carries; empty: no core update behind it had EWC."""
+    if base.fisher:
+        return read_state_dict(replace(base.snapshot, blobs=dict(base.fisher)), fed.blobs)
     log.warning("core_update.no_fisher", base=base.version)
     return {}
-
-
-def fisher_of(home: Path, update_id: str) -> dict[str, str]:
-    """Return slice key → digest of the Fisher information after a run; empty: trained without EWC, or elsewhere."""
-    record = home / "dense" / f"{update_id}.json"
-    return json.loads(record.read_bytes()).get("fisher", {}) if record.is_file() else {}

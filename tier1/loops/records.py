@@ -18,13 +18,14 @@ class TrainingGrant:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedData:
-    """Packed tokens of the governed datasets: int32 [n_rows, seq_len + 1] under `path`."""
+    """Packed tokens of the governed datasets: int32 [n_rows, seq_len + 1] under `path`; [first, end) rows of each."""
 
     digest: str
     path: str
     n_rows: int
     n_tokens: int
     n_set_aside: int
+    sources: dict[str, list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ def _range(fed: Federation, first: int | None, last: int | None) -> list[int] | 
 def _restore(fed: Federation, version: int, rebuilt: BlobStore) -> int:
     """Put back the stored blobs of a version that are missing or corrupt; return how many."""
     view, restored = fed.chain.state().versions[version], 0
-    for digest in {*view.blobs.values(), *view.outer.values()}:
+    for digest in {*view.blobs.values(), *view.outer.values(), *view.fisher.values()}:
         try:
             fed.blobs.get(digest)
         except SnapshotError:

@@ -19,6 +19,7 @@ from tier1.federation import Federation
 from tier1.governance.approvals import DecisionInput
 from tier1.governance.ports import AccessDecision, ModelVersion, Registered, RegistryState
 from tier1.governance.registry import repair_from_chain
+from tier1.loops.run_metrics import show_runs
 from tier1.versions.manifest import Candidate, Genesis, LogAccepted, Rejection, Version
 from tier1.versions.state import ChainState, Sealed
 
@@ -38,6 +39,7 @@ def sync_views(fed: Federation) -> None:
         publish_outcomes(fed)
         repair_from_chain(fed.registry, lambda: registry_state(fed))
         _record_versions(fed, entries)
+    show_runs(fed)
 
 
 def publish_outcomes(fed: Federation) -> None:

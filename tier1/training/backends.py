@@ -41,6 +41,9 @@ class Backend(Protocol):
             and no step is taken.
         """
 
+    def grad_norm(self) -> float:
+        """Return the last step's gradient norm over all parameters and ranks, before it was clipped."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights under the in-memory names of transformers; every rank calls it."""
 
@@ -79,11 +82,15 @@ class TorchBackend:
             (total / len(passes)).backward()
             loss += of_part / len(passes)
         self._ranks.mean_([p.grad for p in self._model.parameters() if p.grad is not None] + [loss])
-        norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.grad_clip)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        self._norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.grad_clip).item()
+        if not (math.isfinite(loss.item()) and math.isfinite(self._norm)):
             return math.nan
         self._optimizer.step()
         return loss.item()
+
+    def grad_norm(self) -> float:
+        """Return the last step's gradient norm, before it was clipped."""
+        return self._norm
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights, on the CPU."""

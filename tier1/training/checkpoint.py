@@ -116,7 +116,7 @@ class Checkpoints:
         steps = {name: self._worth(header) for name, header in self._headers().items()}
         target = self.directory / min(SLOTS, key=lambda name: steps[name])
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        header = {"format": FORMAT, "progress": asdict(progress), "run": self.run, "tensors": _digest(state)}
+        header = {"format": FORMAT, "progress": asdict(progress), "run": self.run, "tensors": digest_of(state)}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -166,7 +166,7 @@ class Checkpoints:
         except (SafetensorError, OSError) as error:
             log.warning("checkpoint.refused", file=name, reason=f"torn: {error}")
             return None
-        if _digest(state) != header["tensors"]:
+        if digest_of(state) != header["tensors"]:
             log.warning("checkpoint.refused", file=name, reason="torn: its tensors do not have the digest it names")
             return None
         return state
@@ -178,9 +178,10 @@ class Checkpoints:
 
 
 def _checked(header: dict) -> dict:
-    if header["format"] != FORMAT or not isinstance(header["progress"]["step"], int):
+    """Return the header of a checkpoint of this format; of anything else an error that `_headers` catches."""
+    if header["format"] != FORMAT or not isinstance(Progress(**header["progress"]).step, int):
         raise ValueError(f"its format is not {FORMAT}")
-    return header
+    return {"progress": header["progress"], "run": dict(header["run"]), "tensors": header["tensors"]}
 
 
 def _write(target: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -197,10 +198,11 @@ def _write(target: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) 
         os.close(directory)
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """Return the digest of named tensors, whatever their order."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name]
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(tensor.reshape(-1).view(uint8).numpy())
+        digest.update(tensor.reshape(-1).view(uint8).cpu().numpy())
     return digest.hexdigest()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from torch import Tensor, nn
+import structlog
+from torch import Tensor
 
 from fednested_lib.blobs import BlobStore
-from fednested_lib.errors import ConfigError
 from fednested_lib.signing import canonical_json
 from fednested_lib.snapshot import (
     SnapshotManifest,
@@ -25,16 +26,23 @@ from fednested_lib.snapshot import (
     write_state_dict,
 )
 from tier1.evaluation.suites import evenly_spaced
-from tier1.training.backends import Backend, TorchBackend
-from tier1.training.checkpoint import Checkpoints
+from tier1.training.backends import OPTIMIZER, Backend, TorchBackend
+from tier1.training.checkpoint import Checkpoints, digest_of
 from tier1.training.data import PackedDataset
+from tier1.training.deepspeed_backend import DeepSpeedBackend
+from tier1.training.lora import LoraBackend
+from tier1.training.pace import COLLECTED
 from tier1.training.ranks import ALONE, Ranks
-from tier1.training.safeguarded import SafeguardedBackend
-from tier1.training.safeguards import Memory, Safeguards, accumulated, fisher_diagonal
+from tier1.training.safeguarded import safeguarded
+from tier1.training.safeguards import Memory, Safeguards, fisher_diagonal
 from tier1.training.settings import TrainSettings
+from tier1.training.step_metrics import StepMetrics
 from tier1.training.trainer import OnStep, TrainReport, dense_delta, train
 
+log = structlog.get_logger()
+
 _HOW = {"threads", "micro_batch", "activation_checkpointing"}
+_SINCE = {"document_end", "mixture"}  # None is not said: checkpoints from before there was such a setting go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +57,8 @@ class DenseDelta:
         report: Losses, steps and tokens.
         last_step: Step of the schedule that the run ended with.
         state: What the next run of the same cluster may go on from, the backend's training state; None: not asked for.
-        fisher: Slice key → digest of the Fisher information that protects all runs so far; with EWC.
+        fisher: Slice key → digest of the Fisher information of this run; with EWC.
+        fisher_decay: What that of the runs before it still counts.
     """
 
     base_version: int
@@ -60,6 +69,7 @@ class DenseDelta:
     last_step: int
     state: Mapping[str, Tensor] | None = field(default=None, repr=False)
     fisher: Mapping[str, str] = field(default_factory=dict)
+    fisher_decay: float = 1.0
 
 
 def train_core_update(
@@ -76,6 +86,7 @@ def train_core_update(
     dtype: str = "float32",
     checkpoints: Checkpoints | None = None,
     on_step: OnStep | None = None,
+    metrics: StepMetrics | None = None,
     safeguards: Safeguards | None = None,
     memory: Memory | None = None,
 ) -> DenseDelta:
@@ -94,36 +105,42 @@ def train_core_update(
         dtype: Of the stored difference, ``float32`` or ``float16``.
         checkpoints: Where the run goes on from and saves; what the run is, is added here. None is off.
         on_step: Called with step number (from 1) and loss after each step.
-        safeguards: Against forgetting, with the default backend; part of what the run is. None: there are none.
+        metrics: What is measured of the steps, and how often; None is off.
+        safeguards: Against forgetting; part of what the run is. None: there are none.
         memory: What they protect.
 
     Raises:
         SnapshotError: A blob of ``base`` is missing or corrupt.
         TrainingError: Loss or gradient is not finite, or the checkpoints are another run's; no delta is stored.
         StorageError: ``deltas``, or a checkpoint, cannot be written.
-        ConfigError: The batch does not divide among the ranks, or another engine has no safeguards.
+        ConfigError: The batch does not divide among the ranks, or ``backend`` does not go with the safeguards.
         TransportError: Another rank is gone.
     """
-    if backend and safeguards:
-        raise ConfigError("core.safeguards must be off with another engine than plain torch: remove it or the engine")
     memory = memory or Memory()
-    backend = backend or (SafeguardedBackend(safeguards, memory) if safeguards else TorchBackend())
+    backend = safeguarded(safeguards, memory, backend) if safeguards else backend or TorchBackend()
     model = build_model(base, snapshots)
     if checkpoints:
         checkpoints = replace(checkpoints, run=_identity(base, dataset, settings) | _guarded(safeguards, memory))
+        checkpoints = replace(checkpoints, run={**checkpoints.run, **_adapted(backend), **_begun(backend, moments)})
+    if moments:
+        slow = safeguards and safeguards.frequencies and safeguards.frequencies.slow(model, base.family)
+        _tell_dropped(moments, slow or set())
     report = train(
         model,
         dataset.tokens(),
         settings,
         family=base.family,
+        sources=dataset.sources,
         backend=backend,
         ranks=ranks,
         moments=moments,
         checkpoints=checkpoints,
         on_step=on_step,
+        metrics=metrics,
     )
     after = backend.state_dict()
-    blobs = ranks.first(lambda: _store(base, read_state_dict(base, snapshots), after, deltas, dtype))
+    exact = backend.delta() if isinstance(backend, LoraBackend) else {}
+    blobs = ranks.first(lambda: _store(base, read_state_dict(base, snapshots), after, exact, deltas, dtype))
     return DenseDelta(
         base_version=base.version,
         base_digest=base.digest,
@@ -132,33 +149,43 @@ def train_core_update(
         report=report,
         last_step=settings.end,
         state=backend.training_state() if keep_state else None,
-        fisher=ranks.first(lambda: _store_fisher(model, after, base, dataset, safeguards, memory, deltas)),
+        **_fisher(base, snapshots, after, dataset, settings, safeguards, ranks, deltas),
     )
 
 
-def _store_fisher(
-    model: nn.Module,
-    after: dict[str, Tensor],
+def _fisher(
     base: SnapshotManifest,
+    snapshots: BlobStore,
+    after: dict[str, Tensor],
     dataset: PackedDataset,
+    settings: TrainSettings,
     safeguards: Safeguards | None,
-    memory: Memory,
+    ranks: Ranks,
     deltas: BlobStore,
-) -> dict[str, str]:
-    """Store what the next run must not move much: the earlier runs' Fisher information and this one's."""
+) -> dict[str, Any]:
+    """Store what later runs must not move much, at the weights that this one ended with; every rank has a share."""
     if not (safeguards and safeguards.ewc):
         return {}
+    model = build_model(base, snapshots).to(ranks.device)  # an engine may have cut the one that was trained
     model.load_state_dict(after)
     tokens = dataset.tokens()
-    own = fisher_diagonal(model, tokens[evenly_spaced(len(tokens), safeguards.ewc.rows)])
-    return write_state_dict(accumulated(memory.fisher, own, safeguards.ewc.decay), base.family, deltas)
+    rows = tokens[evenly_spaced(len(tokens), safeguards.ewc.rows)]
+    own = fisher_diagonal(model, rows, ranks, settings.document_end)
+    blobs = ranks.first(lambda: write_state_dict(own, base.family, deltas))
+    return {"fisher": blobs, "fisher_decay": safeguards.ewc.decay}
 
 
 def _store(
-    base: SnapshotManifest, before: dict[str, Tensor], after: dict[str, Tensor], deltas: BlobStore, dtype: str
+    base: SnapshotManifest,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    deltas: BlobStore,
+    dtype: str,
 ) -> dict[str, str]:
-    # A tied head is in the model's state under two names, in the snapshot under one.
-    delta = dense_delta(before, {name: after[name] for name in before}, base.family)
+    # A tied head is in the model's state under two names, in the snapshot under one. Where the change itself is known,
+    # the rounding of weights is not part of it.
+    delta = dense_delta(before, {name: after[name] for name in before}, base.family) | exact
     return {
         key: deltas.put(encode_blob({name: array.astype(dtype) for name, array in tensors.items()}))
         for key, tensors in slice_state_dict(delta, base.family)
@@ -169,10 +196,33 @@ def _store(
 def _identity(base: SnapshotManifest, dataset: PackedDataset, settings: TrainSettings) -> dict:
     """Say what a run is: whoever goes on from its checkpoints must do the same.
 
-    Threads, ranks, engine, micro-batch and what is kept of activations may differ: they are how, not what.
+    Threads, ranks, engine (but for its precision), micro-batch and what is kept of activations may differ: they are
+    how, not what.
     """
-    parameters = {f"settings.{key}": value for key, value in asdict(settings).items() if key not in _HOW}
+    what = {key: value for key, value in asdict(settings).items() if key not in _HOW}
+    parameters = {f"settings.{key}": value for key, value in what.items() if value is not None or key not in _SINCE}
     return {"base_digest": base.digest, "dataset_digest": dataset.digest, **parameters}
+
+
+def _adapted(backend: Backend) -> dict:
+    """Say what is trained in place of the weights; other engines are how, not what."""
+    settings = asdict(backend.settings) if isinstance(backend, LoraBackend) else {}
+    return {f"lora.{key}": canonical_json(value).decode() for key, value in settings.items()}
+
+
+def _begun(backend: Backend, moments: Mapping[str, Tensor] | None) -> dict:
+    """Say in which precision a run computes and whose moments it took over, where it is not fp32 and nobody's."""
+    bf16 = {"deepspeed.bf16": True} if isinstance(backend, DeepSpeedBackend) and backend.chosen.bf16 else {}
+    taken = {name: tensor for name, tensor in (moments or {}).items() if name.startswith(OPTIMIZER)}
+    return {**bf16, "moments": digest_of(taken)} if taken else bf16
+
+
+def _tell_dropped(moments: Mapping[str, Tensor], slow: set[str]) -> None:
+    """Say of how many parameters the gradients that the run before had collected are in no move of this one."""
+    prefix = f"{OPTIMIZER}{COLLECTED}."
+    collected = {name.removeprefix(prefix) for name, held in moments.items() if name.startswith(prefix) and held.any()}
+    if dropped := collected - slow:
+        log.warning("core.collected_dropped", parameters=len(dropped))
 
 
 def _guarded(safeguards: Safeguards | None, memory: Memory) -> dict:

@@ -34,6 +34,12 @@ class DeepSpeedBackend:
 
     def __init__(self, chosen: DeepSpeedSettings | None = None, terms: Sequence[Term] = ()):
         self._chosen, self._terms = chosen or DeepSpeedSettings(), tuple(terms)
+        self._moments = MOMENTS
+
+    @property
+    def chosen(self) -> DeepSpeedSettings:
+        """The layout."""
+        return self._chosen
 
     def prepare(self, model: nn.Module, settings: TrainSettings, family: str, ranks: Ranks = ALONE) -> None:
         """Take the model over; its parameters are DeepSpeed's from here on.
@@ -45,6 +51,7 @@ class DeepSpeedBackend:
         check_layout(self._chosen, family, model.config, ranks)
         config = engine_json(self._chosen, settings, ranks)
         ready(model, settings)
+        exact = {name: parameter.detach() for name, parameter in model.named_parameters()} if self._chosen.bf16 else {}
         # DeepSpeed splits groups by name where experts are cut.
         groups = [group | {"name": str(n)} for n, group in enumerate(parameter_groups(model, settings, family))]
         deepspeed = _deepspeed(ranks)
@@ -54,6 +61,9 @@ class DeepSpeedBackend:
             )
         self._parts = parts_of(self._engine.module)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        # DeepSpeed makes its fp32 weights of the bf16 ones: the delta would carry the rounding of the whole base.
+        for name, weights in exact.items():
+            put(self._parts[name], weights)
 
     def step(self, rows: Tensor, rate: float) -> float:
         """Take one optimiser step; NaN and no step if loss or gradient is not finite."""
@@ -74,6 +84,10 @@ class DeepSpeedBackend:
             self._engine.step()
         return math.nan if self._optimizer.overflow else loss.item()
 
+    def grad_norm(self) -> float:
+        """Return the last step's gradient norm, before it was clipped."""
+        return float(self._engine.get_global_grad_norm())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the fp32 weights, on the CPU."""
         return {name: self._whole(part).cpu() for name, part in self._parts.items()}
@@ -85,7 +99,7 @@ class DeepSpeedBackend:
         steps = self._optimizer.optimizer.state[next(self._flats())]["step"]
         for name, part in self._parts.items():
             found = {WEIGHTS + name: self._whole(part)}
-            found |= {f"{OPTIMIZER}{key}.{name}": self._whole(part, key) for key in MOMENTS}
+            found |= {f"{OPTIMIZER}{key}.{name}": self._whole(part, key) for key in self._moments}
             if self._ranks.rank == 0:
                 state |= {key: tensor.cpu() for key, tensor in found.items()}
                 state[f"{OPTIMIZER}step.{name}"] = steps.clone()
@@ -93,15 +107,16 @@ class DeepSpeedBackend:
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from such a state, of whatever engine and layout."""
-        steps = state[f"{OPTIMIZER}step.{next(iter(self._parts))}"]
+        steps = state.get(f"{OPTIMIZER}step.{next(iter(self._parts))}", torch.tensor(0.0))
         for flat in self._flats():
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            moments = {key: torch.zeros_like(flat) for key in self._moments}
             self._optimizer.optimizer.state[flat] = {"step": steps.clone(), **moments}
         self._link()
         for name, part in self._parts.items():
-            _put(part, state[WEIGHTS + name])
-            for key in MOMENTS:
-                _put(part, state[f"{OPTIMIZER}{key}.{name}"], key)
+            put(part, state[WEIGHTS + name])
+            for key in self._moments:
+                if f"{OPTIMIZER}{key}.{name}" in state:  # else zero, as it was where it was not kept
+                    put(part, state[f"{OPTIMIZER}{key}.{name}"], key)
 
     def _whole(self, part: Part, key: str | None = None) -> Tensor:
         """Return weights, or the moment named ``key``, of one parameter of transformers; every rank calls."""
@@ -127,7 +142,7 @@ class DeepSpeedBackend:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _put(part: Part, whole: Tensor, key: str | None = None) -> None:
+def put(part: Part, whole: Tensor, key: str | None = None) -> None:
     """Set weights, or the moment named ``key``, of one parameter of transformers to this rank's share of ``whole``."""
     from deepspeed import utils
 
@@ -140,7 +155,7 @@ def _put(part: Part, whole: Tensor, key: str | None = None) -> None:
                 utils.safe_set_full_fp32_param(piece, full)
                 piece.data.copy_(full)
             continue
-        mine = _partition(piece, full)
+        mine = partition(piece, full)
         if key:
             utils.safe_set_local_optimizer_state(piece, mine, key)
         else:
@@ -150,7 +165,7 @@ def _put(part: Part, whole: Tensor, key: str | None = None) -> None:
                 piece.data.copy_(full)
 
 
-def _partition(piece: nn.Parameter, full: Tensor) -> Tensor:
+def partition(piece: nn.Parameter, full: Tensor) -> Tensor:
     """Return this rank's partition of a parameter of ZeRO-3, padded as DeepSpeed pads."""
     size, group = piece.ds_tensor.numel(), piece.ds_process_group
     padded = full.new_zeros(size * dist.get_world_size(group))

@@ -18,7 +18,7 @@ from torch import nn
 from fednested_lib.partition import group_of
 from tier1.training.ranks import Ranks
 
-# Dense bf16 FLOP/s by the maker's data sheet; of other devices, CPUs included, no MFU is said.
+# Dense bf16 FLOP/s by the maker's data sheet; of others, CPUs included, a peak must be declared.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
@@ -32,10 +32,11 @@ class Speed:
 
 
 class Meter:
-    """Counts from its making on; every rank may have one."""
+    """Counts from its making on; every rank may have one. ``peak_flops``: of one rank, if declared."""
 
-    def __init__(self, model: nn.Module, family: str, ranks: Ranks):
+    def __init__(self, model: nn.Module, family: str, ranks: Ranks, peak_flops: float | None = None):
         self._active, self._ranks = active_parameters(model, family), ranks
+        self._declared = peak_flops
         self._tokens, self._started = 0, time.monotonic()
 
     def again(self) -> Meter:
@@ -53,11 +54,12 @@ class Meter:
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         peak = self._peak()
         mfu = 6 * self._active * rate / (self._ranks.world_size * peak) if peak else None
-        return Speed(tokens_per_s=round(rate, 1), memory_mib=round(self._memory_mib(), 1), mfu=mfu and round(mfu, 4))
+        mfu = mfu and float(f"{mfu:.4g}")
+        return Speed(tokens_per_s=round(rate, 1), memory_mib=round(self._memory_mib(), 1), mfu=mfu)
 
     def _peak(self) -> float | None:
-        if self._ranks.device == "cpu":
-            return None
+        if self._declared or self._ranks.device == "cpu":
+            return self._declared
         name = torch.cuda.get_device_name(self._ranks.device)
         return next((peak for known, peak in PEAKS.items() if known in name), None)
 

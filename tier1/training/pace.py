@@ -4,10 +4,10 @@
 
 Fast groups take up what is new, slow ones average it, frozen ones keep what they are: a continuum of memories. What
 does not move keeps its bits: weight decay and moments rest as well. The gradients of a slow group are collected between
-its steps and are part of a checkpoint.
+its steps, beside AdamW's moments, and are part of a checkpoint as these are. Steps are those that the optimiser counts,
+also over several runs; a slow group's moments are corrected for the moves that it has made itself.
 
-Experts of one projection are one parameter, so an expert that rests is put back after the optimiser's step. They share
-AdamW's count of steps; a slow expert's first steps are therefore up to half as long as its rate says.
+It acts entry by entry on the tensors that the optimiser has, so that they may be parameters or flat parts of many.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fednested_lib.partition import group_of
 
 Period = int | None | Sequence[int | None]
+COLLECTED = "collected"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -49,78 +50,93 @@ class Frequencies:
                 found[name] = period
         return found
 
+    def slow(self, model: nn.Module, family: str) -> set[str]:
+        """Return the names of the parameters of which anything moves less often than every step, but does move."""
+        periods = self.periods(model, family)
+        return {
+            name for name, period in periods.items() if (entry_periods(period, model.get_parameter(name)) > 1).any()
+        }
+
+
+def entry_periods(period: Period, tensor: Tensor) -> Tensor:
+    """Return int32 [1, …] or [E, 1, …], which broadcasts to ``tensor``; 0 is never."""
+    each = period if isinstance(period, Sequence) else [period]
+    shape = (len(each), *[1] * (tensor.dim() - 1))
+    return torch.tensor([one or 0 for one in each], dtype=torch.int32, device=tensor.device).view(shape)
+
+
+def ready_state(optimizer: torch.optim.AdamW, tensor: Tensor) -> dict[str, Tensor]:
+    """Return AdamW's state of a tensor, made as AdamW does before its first step."""
+    state = optimizer.state[tensor]
+    if "step" not in state:
+        state |= {"step": torch.tensor(0.0), **{key: torch.zeros_like(tensor) for key in _MOMENTS}}
+    return state
+
 
 class Pace:
-    """Holds parameters and experts back; `before` and `after` go round every step of an AdamW.
+    """Holds entries of tensors back; `attach` puts it round every step of an AdamW.
 
     Args:
-        periods: Parameter name → period, or one per entry of its first dimension; others move at every step.
+        periods: Tensor of the optimiser → steps between two moves of its entries, integer, broadcasts to it, 0 is
+            never; others move at every step.
     """
 
-    def __init__(self, periods: Mapping[str, Period]):
-        self._periods, self._step = dict(periods), 0
-        self._sums: dict[str, Tensor] = {}
-        self._kept: list[tuple[nn.Parameter, list[int], Tensor, dict[str, Tensor]]] = []
+    def __init__(self, periods: Mapping[Tensor, Tensor]):
+        self._periods = dict(periods)
+        self._slow = {tensor: bool((of > 1).any()) for tensor, of in periods.items()}
+        self._kept: list[tuple[Tensor, Tensor, dict, Tensor, dict[str, Tensor]]] = []
+        self._resting: list[tuple[Tensor, Tensor]] = []
 
-    def before(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, optimizer: torch.optim.AdamW) -> None:
+        """Hold back from this optimiser's next step on."""
+        optimizer.register_step_pre_hook(lambda *_: self._before(optimizer))
+        optimizer.register_step_post_hook(lambda *_: self._after(optimizer))
+
+    def _before(self, optimizer: torch.optim.AdamW) -> None:
         """Collect gradients, set those of this step, and keep what must not move."""
-        self._step += 1
-        for name, period in self._periods.items():
-            parameter = parameters[name]
-            if parameter.grad is None:
-                continue
-            if isinstance(period, Sequence):
-                self._before_experts(name, period, parameter, optimizer)
-                continue
-            collected = self._collected(name, parameter, slow=period not in (1, None))
-            if not self._moves(period):
-                parameter.grad = None  # AdamW leaves it, its moments and its decay alone
-            elif period != 1:
-                parameter.grad = collected / period
-                collected.zero_()
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                if tensor in self._periods and tensor.grad is not None:
+                    self._hold(tensor, group, ready_state(optimizer, tensor))
 
-    def after(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put back the experts that rest."""
-        for parameter, resting, weights, moments in self._kept:
-            parameter.data[resting] = weights
-            for key in _MOMENTS:
-                optimizer.state[parameter][key][resting] = moments.get(key, torch.zeros_like(weights))
-        self._kept.clear()
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what the next step depends on."""
-        return {"step": torch.tensor(self._step), **{f"sum.{name}": total for name, total in self._sums.items()}}
-
-    def load_state(self, state: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Go on from such a state."""
-        self._step = int(state["step"])
-        sums = {key.removeprefix("sum."): total for key, total in state.items() if key.startswith("sum.")}
-        self._sums = {name: total.to(parameters[name].device, copy=True) for name, total in sums.items()}
-
-    def _before_experts(
-        self, name: str, periods: Sequence[int | None], parameter: nn.Parameter, optimizer: torch.optim.Optimizer
-    ) -> None:
-        collected = self._collected(name, parameter, slow=any(period not in (1, None) for period in periods))
-        moving = [expert for expert, period in enumerate(periods) if self._moves(period)]
-        resting = [expert for expert, period in enumerate(periods) if not self._moves(period)]
-        if not moving:
-            parameter.grad = None
+    def _hold(self, tensor: Tensor, group: dict, state: dict[str, Tensor]) -> None:
+        periods, step = self._periods[tensor], int(state["step"]) + 1
+        moves = (periods > 0) & (step % periods.clamp(min=1) == 0)
+        gradient = tensor.grad
+        if self._slow[tensor]:
+            collected = state.setdefault(COLLECTED, torch.zeros_like(tensor))
+            collected += torch.where(periods > 1, gradient, 0)
+            gradient = torch.where(periods > 1, collected / periods.clamp(min=1), gradient)
+            collected.masked_fill_(moves, 0)
+        if not moves.any():
+            self._resting.append((tensor, tensor.grad))
+            tensor.grad = None  # AdamW leaves it, its moments and its decay alone
+            state["step"] += 1
             return
-        for expert in moving:
-            if periods[expert] != 1:
-                parameter.grad[expert] = collected[expert] / periods[expert]
-                collected[expert] = 0
-        if resting:
-            state = optimizer.state[parameter]  # empty before AdamW's first step
-            moments = {key: state[key][resting].clone() for key in _MOMENTS if key in state}
-            self._kept.append((parameter, resting, parameter.detach()[resting].clone(), moments))
+        tensor.grad.copy_(gradient)
+        kept = {key: state[key].clone() for key in _MOMENTS}
+        self._kept.append((tensor, moves, group, tensor.detach().clone(), kept))
 
-    def _collected(self, name: str, parameter: nn.Parameter, *, slow: bool) -> Tensor | None:
-        if not slow:
-            return None
-        if name not in self._sums:
-            self._sums[name] = torch.zeros_like(parameter)
-        return self._sums[name].add_(parameter.grad)
+    def _after(self, optimizer: torch.optim.AdamW) -> None:
+        """Put back what rests, and let slow entries take the step of their own count."""
+        for tensor, moves, group, weights, moments in self._kept:
+            state, periods = optimizer.state[tensor], self._periods[tensor]
+            moved = tensor.detach()
+            if self._slow[tensor]:
+                count = (int(state["step"]) // periods.clamp(min=1)).clamp(min=1)
+                moved = torch.where(periods > 1, _step(weights, state, group, count), moved)
+            tensor.data.copy_(torch.where(moves, moved, weights))
+            for key, before in moments.items():
+                state[key].copy_(torch.where(moves, state[key], before))
+        for tensor, gradient in self._resting:
+            tensor.grad = gradient
+        self._kept.clear()
+        self._resting.clear()
 
-    def _moves(self, period: int | None) -> bool:
-        return period is not None and self._step % period == 0
+
+def _step(weights: Tensor, state: Mapping[str, Tensor], group: Mapping, count: Tensor) -> Tensor:
+    """Return what AdamW makes of weights whose moments have been moved ``count`` times."""
+    one, two = group["betas"]
+    mean = state["exp_avg"] / (1 - one ** count.to(weights.dtype))
+    spread = (state["exp_avg_sq"] / (1 - two ** count.to(weights.dtype))).sqrt() + group["eps"]
+    return weights * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * mean / spread

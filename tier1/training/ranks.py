@@ -177,13 +177,14 @@ def join_ranks(timeout_s: float) -> Iterator[Ranks]:
         timeout_s: Longest that a rank waits for another one, seconds.
 
     Raises:
+        ConfigError: This machine has GPUs, but fewer than ranks.
         TransportError: The others were not there in time.
     """
     import torch
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
+    device = _own_gpu() if on_gpu else "cpu"
     ranks = Ranks(
         rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")), device=device
     )
@@ -199,6 +200,20 @@ def join_ranks(timeout_s: float) -> Iterator[Ranks]:
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def _own_gpu() -> str:
+    """Return the GPU of this rank; every rank of a machine with too few refuses, so that none waits for another."""
+    import torch
+
+    own, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    wanted = max(own + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if wanted > gpus:
+        raise ConfigError(
+            f"ranks of one machine must be 1..{gpus}, its number of GPUs, got {wanted}: start torchrun with "
+            f"--nproc_per_node {gpus}, or with CUDA_VISIBLE_DEVICES empty to train on the CPU"
+        )
+    return f"cuda:{own}"
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

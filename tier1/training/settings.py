@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from fednested_lib.errors import ConfigError
 from fednested_lib.partition import Group
+from tier1.training.schedule import Schedule
 
 ADAM_BETAS = (0.9, 0.95)
 
@@ -17,12 +19,12 @@ class TrainSettings:
     Args:
         steps: Optimiser steps of the schedule, ≥ 1.
         first_step: Steps of the schedule that earlier runs took; this one goes on from their optimiser state.
-        last_step: Step after which this run ends; None: with the schedule. Beyond it the rate stays at its end.
+        last_step: Step after which this run ends; None: with the schedule. Beyond it the rate is that of its end.
         batch_size: Rows per step over all ranks together, ≥ 1.
         learning_rate: Peak rate of the core, and of the groups that have none of their own.
         expert_learning_rate: Peak rate of the experts.
         router_learning_rate: Peak rate of the router.
-        warmup: Share of the steps with a rising rate, 0..1.
+        schedule: How the rates go from step to step.
         weight_decay: Of matrices; norms are not decayed.
         aux_loss: Coefficient c_aux of the router balancing loss.
         grad_clip: Largest global gradient norm.
@@ -30,6 +32,10 @@ class TrainSettings:
         micro_batch: Rows that a rank passes through the model at a time, ≥ 1; None is its whole share. The gradient is
             summed over the passes; the balancing loss is then that of each pass over all ranks, not of the batch.
         activation_checkpointing: Keep no activations within a layer, but compute them again on the way back.
+        document_end: Id of the end-of-text token, at which a packed row stops looking back; None: rows are read across
+            documents.
+        mixture: Dataset name → relative weight, > 0, of its rows among those that the run takes; None: every row once,
+            then again, so that a dataset weighs what it has.
         threads: CPU threads per rank; part of the numeric profile. More than one pays only on idle cores (OpenMP
             threads spin while they wait: set OMP_WAIT_POLICY=PASSIVE where other processes compete).
     """
@@ -41,19 +47,25 @@ class TrainSettings:
     learning_rate: float = 3e-3
     expert_learning_rate: float | None = None
     router_learning_rate: float | None = None
-    warmup: float = 0.05
+    schedule: Schedule = field(default_factory=Schedule)
     weight_decay: float = 0.1
     aux_loss: float = 0.02
     grad_clip: float = 1.0
     seed: int = 0
     micro_batch: int | None = None
     activation_checkpointing: bool = False
+    document_end: int | None = None
+    mixture: Mapping[str, float] | None = None
     threads: int = 1
 
     @property
     def end(self) -> int:
         """Step after which this run ends."""
         return self.steps if self.last_step is None else self.last_step
+
+    def factor(self, step: int) -> float:
+        """Return the schedule's factor on the peak rates at ``step``, from 1."""
+        return self.schedule.factor(step, self.steps)
 
     def rate_of(self, group: Group) -> float:
         """Return the peak learning rate of one parameter group."""

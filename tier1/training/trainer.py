@@ -2,9 +2,8 @@
 
     θ_g ← AdamW(θ_g, ∇L, η_g · schedule(step)),  g ∈ {core, router, experts}     (arXiv:1711.05101)
 
-The schedule warms up linearly and falls to a tenth along a cosine. How a step is computed is the backend's; the loop,
-the order of the rows, the schedule, the checkpoints and the stop on a bad loss are here, the same on one process and on
-n ranks.
+How a step is computed is the backend's, the rate of a step the schedule's; the loop, the order of the rows, the
+checkpoints and the stop on a bad loss are here, the same on one process and on n ranks.
 
 Rows and random numbers of a step are functions of seed and step (and rank), so a run that goes on from a checkpoint
 ends with the bits of one that was never interrupted, on the same number of ranks and threads. On another number it goes
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -30,12 +29,13 @@ from fednested_lib.partition import group_of
 from tier1.training.backends import WEIGHTS, Backend, TorchBackend
 from tier1.training.checkpoint import Checkpoints, Found, Progress
 from tier1.training.meter import Meter
+from tier1.training.mixture import mixed_rows
 from tier1.training.ranks import ALONE, Ranks
 from tier1.training.settings import TrainSettings
+from tier1.training.step_metrics import StepMetrics, StepRecorder
 
 log = structlog.get_logger()
 
-FINAL_RATE = 0.1
 NAMED_ROWS = 16
 CHECKED_ROWS = 65_536
 OnStep = Callable[[int, float], None]
@@ -57,11 +57,13 @@ def train(
     settings: TrainSettings,
     *,
     family: str,
+    sources: Mapping[str, range] | None = None,
     backend: Backend | None = None,
     ranks: Ranks = ALONE,
     moments: Mapping[str, Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: OnStep | None = None,
+    metrics: StepMetrics | None = None,
 ) -> TrainReport:
     """Train ``model`` on packed rows; the same arguments give the same weights on one numeric profile.
 
@@ -70,40 +72,51 @@ def train(
         tokens: Integer [n_rows, seq_len + 1], equal on all ranks.
         settings: Hyper-parameters.
         family: Model family, a key of the partition rules.
+        sources: Dataset name → its rows; needed with ``settings.mixture``.
         backend: Engine; plain torch by default.
         ranks: Those that share the batches; every rank calls.
         moments: What the backend's ``training_state`` was at ``settings.first_step``, if that is not 0; the weights
             in it are not used. Rank 0 passes it.
         checkpoints: Where to go on from, and where rank 0 saves; None is off.
         on_step: Called with step number (from 1) and loss after each step.
+        metrics: What is measured of the steps, and how often; None is off.
 
     Raises:
         TrainingError: Loss or gradient is not finite (the weights are those after the last good step), memory does not
             suffice, or the checkpoints are another run's.
-        DataError: There is no row, or one with a token that the model does not have.
+        DataError: There is no row, or one with a token that the model does not have, or a dataset of the mixture has
+            no row.
         ConfigError: The batch does not divide among the ranks.
         StorageError: A checkpoint cannot be written; the one before it is intact.
         TransportError: Another rank is gone.
     """
     if len(tokens) < 1:
         raise DataError("number of token rows must be at least 1, got 0: add text")
-    share = ranks.share_of(settings.batch_size)
+    share, order = ranks.share_of(settings.batch_size), batches(len(tokens), settings, sources)
     _check_vocabulary(tokens, model.config.vocab_size)
-    backend, meter = backend or TorchBackend(), Meter(model, family, ranks)
-    backend.prepare(model, settings, family, ranks)
-    if settings.first_step:
-        _continue(backend, ranks, moments)
+    backend, meter = backend or TorchBackend(), Meter(model, family, ranks, metrics and metrics.peak_flops)
+    recorder = StepRecorder(metrics, model, meter, ranks)
     progress = Progress(step=settings.first_step)
-    progress = _resume(backend, ranks, checkpoints, progress) if checkpoints else progress
-    with _numeric_profile(settings.threads, ranks.device):
-        for step, chosen in islice(enumerate(batches(len(tokens), settings), start=1), progress.step, None):
+    with _memory_named(
+        "before the first step", ranks, "cut weights and optimiser with core.deepspeed, core.deepspeed.offload"
+    ):
+        backend.prepare(model, settings, family, ranks)
+        if settings.first_step:
+            _continue(backend, ranks, moments)
+        progress = _resume(backend, ranks, checkpoints, progress) if checkpoints else progress
+    meter = meter.again()
+    with _numeric_profile(settings.threads, ranks.device), closing(recorder):
+        for step, chosen in islice(enumerate(order, start=1), progress.step, None):
             torch.manual_seed(_seed_of(settings.seed, step, ranks.rank))
             rows = torch.from_numpy(tokens[chosen[share]].astype(np.int64))
-            with _memory_named(step, settings, ranks):
-                loss = backend.step(rows, rate=schedule(step, settings))
+            recorder.before(step)
+            with _memory_named(*_at(step, settings, ranks)):
+                loss = backend.step(rows, rate=settings.factor(step))
             if not math.isfinite(loss):
-                raise TrainingError(_not_finite(step, chosen, settings))
-            meter.count(rows.numel() * ranks.world_size)
+                raise TrainingError(_not_finite(step, chosen, settings, checkpoints))
+            n_tokens = rows[:, 1:].numel() * ranks.world_size
+            meter.count(n_tokens)
+            recorder.after(step, settings, loss=loss, grad_norm=backend.grad_norm(), tokens=n_tokens)
             first = loss if step == settings.first_step + 1 else progress.loss_first
             progress = Progress(step=step, loss_first=first, loss_last=loss)
             if on_step:
@@ -117,6 +130,7 @@ def train(
             steps=progress.step - settings.first_step,
             loss_first=round(progress.loss_first, 4),
             loss_last=round(progress.loss_last, 4),
+            mixture=settings.mixture,
             **asdict(meter.read()),
         )
     return TrainReport(
@@ -166,45 +180,54 @@ def _save(backend: Backend, ranks: Ranks, checkpoints: Checkpoints, progress: Pr
     ranks.first(lambda: checkpoints.save(progress, state))
 
 
-def _not_finite(step: int, chosen: np.ndarray, settings: TrainSettings) -> str:
+def _not_finite(step: int, chosen: np.ndarray, settings: TrainSettings, checkpoints: Checkpoints | None) -> str:
     rows = ", ".join(map(str, chosen[:NAMED_ROWS])) + (", …" if len(chosen) > NAMED_ROWS else "")
+    last = (step - 1) // checkpoints.every * checkpoints.every if checkpoints else 0
+    kept = f"the checkpoint of step {last} is intact" if last > settings.first_step else "there is no checkpoint yet"
+    # Another rate is another run, which no checkpoint of this one may go on in.
     return (
         f"loss or gradient at step {step} of {settings.end} is not finite (rows {rows} of the packed data, learning "
-        f"rate {settings.learning_rate:g}): lower core.learning_rate; the weights of step {step - 1} are kept"
+        f"rate {settings.learning_rate:g}): lower core.learning_rate and train under another run name; {kept}"
     )
 
 
 @contextmanager
-def _memory_named(step: int, settings: TrainSettings, ranks: Ranks) -> Iterator[None]:
-    """Say which micro-batch to try where memory does not suffice."""
+def _memory_named(when: str, ranks: Ranks, remedy: str) -> Iterator[None]:
+    """Say what to do where memory does not suffice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-        if not out_of_memory:
+        said = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not (said or any(words in str(error) for words in ("allocate memory", "out of memory"))):
             raise
-        rows = settings.rows_per_pass(ranks.world_size)
-        smaller = [k for k in range(1, rows) if settings.batch_size // ranks.world_size % k == 0]
-        remedy = (
-            f"set core.micro_batch to {smaller[-1]}" if smaller else "cut weights and optimiser with core.deepspeed"
-        )
         raise TrainingError(
-            f"memory of rank {ranks.rank} ({ranks.device}) does not suffice for step {step} with {rows} rows per pass: "
-            f"{remedy}, core.activation_checkpointing to true, or train on more ranks; then run again under its name"
+            f"memory of rank {ranks.rank} ({ranks.device}) does not suffice {when}: {remedy}, or train on more ranks; "
+            "then run again under its name"
         ) from error
 
 
-def schedule(step: int, settings: TrainSettings) -> float:
-    """Return the factor on the peak rates at ``step`` (from 1): linear warm-up, then a cosine down to a tenth."""
-    warmup_steps = max(1, round(settings.warmup * settings.steps))
-    if step <= warmup_steps:
-        return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, settings.steps - warmup_steps))
-    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+def _at(step: int, settings: TrainSettings, ranks: Ranks) -> tuple[str, Ranks, str]:
+    """Return what `_memory_named` says of a step: the micro-batch to try."""
+    rows = settings.rows_per_pass(ranks.world_size)
+    smaller = [k for k in range(1, rows) if settings.batch_size // ranks.world_size % k == 0]
+    remedy = f"set core.micro_batch to {smaller[-1]}" if smaller else "cut weights and optimiser with core.deepspeed"
+    return f"for step {step} with {rows} rows per pass", ranks, f"{remedy}, core.activation_checkpointing to true"
 
 
-def batches(n_rows: int, settings: TrainSettings) -> Iterator[np.ndarray]:
-    """Yield the row numbers of all batches to the run's end; every row is used once before any is used again."""
+def batches(n_rows: int, settings: TrainSettings, sources: Mapping[str, range] | None = None) -> Iterator[np.ndarray]:
+    """Return an iterator over the row numbers of all batches to the run's end.
+
+    Raises:
+        DataError: A dataset of the mixture has no row.
+    """
+    if settings.mixture is None:
+        return _shuffled(n_rows, settings)
+    rows = mixed_rows(settings.mixture, sources or {}, settings.seed)
+    return (np.fromiter(islice(rows, settings.batch_size), np.int64) for _ in range(settings.end))
+
+
+def _shuffled(n_rows: int, settings: TrainSettings) -> Iterator[np.ndarray]:
+    """Yield batches in which every row is used once before any is used again."""
     rng = np.random.Generator(np.random.Philox(settings.seed))
     order = np.empty(0, np.int64)
     for _ in range(settings.end):

@@ -23,7 +23,9 @@ from fednested_lib.signing import canonical_json, sha256_hex
 from fednested_lib.snapshot import expert_shapes
 from tier1.aggregation.coordinate import statistic_of
 from tier1.aggregation.dense import fold_dense_blobs
+from tier1.aggregation.fisher import fold_fisher
 from tier1.aggregation.fold import WeightedUpdate, fold_experts, magnitude, numeric_profile
+from tier1.aggregation.orthogonal import protection
 from tier1.aggregation.outer import fold_stepped
 from tier1.aggregation.registry import choose, origin
 from tier1.aggregation.reputation import trusts
@@ -90,7 +92,15 @@ def fold_candidate(
     if inputs.dense is not None:
         accepted: list[Accepted] = []
         folded, outer = _fold_round(parent, inputs.round, rates, settings, blobs, archive)
+        fisher = fold_fisher(
+            parent.fisher,
+            [(update.fisher_decay, update.fisher) for update in inputs.round if update.fisher],
+            weights=parent.blobs,
+            store=blobs,
+            archive=archive,
+        )
     else:
+        fisher = dict(parent.fisher)
         folded, outer, accepted = _fold_updates(
             parent, admission.updates, rates.eta_t2, settings, blobs, archive, fold or fold_experts
         )
@@ -113,6 +123,7 @@ def fold_candidate(
         authorisation=authorisation,
         lineage=list(lineage),
         outer=outer,
+        fisher=fisher,
     )
 
 
@@ -230,6 +241,8 @@ def _fold(
     fold: FoldExperts,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Fold weighted updates; the plain sum takes the short way."""
+    protected = protection(parent, settings.orthogonal, blobs)
+    updates = updates if protected is None else protected.projected(updates)
     if settings.outer is None and not weighing.by_block:
         return fold(parent.blobs, updates, eta=eta, store=blobs), dict(parent.outer)
     chosen = choose(settings)

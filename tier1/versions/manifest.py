@@ -99,8 +99,10 @@ class Refused(Document):
     update_id: str | None = None
 
 
-class DenseUpdate(Document):
+class DenseUpdate(GrownDocument):
     """What a tier-1 training run says about its dense delta; the value of its record on `updates.tier1`."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"fisher", "fisher_decay"})
 
     format: Literal["fednested.dense/1"] = "fednested.dense/1"
     update_id: Digest
@@ -114,6 +116,8 @@ class DenseUpdate(Document):
     trainer: Name
     signer: PublicKey
     signature: Signature
+    fisher: dict[str, Digest] = {}  # slice key -> digest of the run's own Fisher information in archive/; with EWC
+    fisher_decay: float = Field(default=1.0, ge=0, le=1)  # what the runs before it still count, where it has one
 
     def content_id(self) -> str:
         """Derive the update id from everything but itself and the signature."""
@@ -186,6 +190,7 @@ class SuiteChange(GrownDocument):
 
     Args:
         suite: its name.
+        suite_digest: of its file; None in records of before it was kept.
         before: loss of the parent; None: missing or not finite.
         after: loss of the candidate.
         bound: largest allowed rise.
@@ -202,7 +207,7 @@ class SuiteChange(GrownDocument):
 
     later: ClassVar[frozenset[str]] = frozenset(
         {"judged_by", "after_interval", "change_interval", "accuracy", "accuracy_interval"}
-        | {"completions", "completions_interval", "worst_lines"}
+        | {"completions", "completions_interval", "worst_lines", "suite_digest"}
     )
 
     suite: str
@@ -218,6 +223,7 @@ class SuiteChange(GrownDocument):
     completions: float | None = None
     completions_interval: Interval | None = None
     worst_lines: list[int] = Field(default_factory=list)
+    suite_digest: Digest | None = None
 
 
 class GateRecord(Document):
@@ -242,7 +248,7 @@ class Try(Document):
 class Candidate(GrownDocument):
     """A folded version that waits for its gate; F's output. Content addressed by `digest()` of its canonical JSON."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"outer"})
+    later: ClassVar[frozenset[str]] = frozenset({"outer", "fisher"})
 
     kind: Literal["candidate"] = "candidate"
     parent: Digest  # digest of the parent's chain entry
@@ -262,6 +268,7 @@ class Candidate(GrownDocument):
     authorisation: str  # id of the policy decision
     lineage: list[str]  # ids in the lineage outbox
     outer: dict[str, Digest] = {}  # slice key, or tier1/<slice key> -> state of an outer optimiser; absent: none yet
+    fisher: dict[str, Digest] = {}  # slice key -> Fisher information of all runs with EWC so far; absent: none yet
 
 
 class Genesis(Document):

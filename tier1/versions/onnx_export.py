@@ -81,7 +81,14 @@ def export_onnx(snapshot: SnapshotManifest, digest: str, blobs: BlobStore) -> On
     model.config.use_cache = False  # the logits alone: no graph outputs for keys and values
     with tempfile.TemporaryDirectory() as directory:
         write_graph(model, Path(directory))
-        difference = parity(model, Path(directory) / FILES[0])
+        try:
+            difference = parity(model, Path(directory) / FILES[0])
+        except Exception as error:  # onnxruntime raises classes of its own for a graph that it cannot load or run
+            raise SnapshotError(
+                "onnx_parity",
+                f"ONNX graph of version {snapshot.version} does not run ({type(error).__name__}: "
+                f"{str(error).strip()[:80]!r}): not announced; install an onnxruntime that knows its operators",
+            ) from error
         if not difference <= MAX_DIFFERENCE:  # NaN fails
             raise SnapshotError(
                 "onnx_parity",

@@ -190,7 +190,8 @@ def verify_blobs(state: ChainState, blobs: BlobStore) -> list[BlobProblem]:
     problems, checked = [], set()
     for view in state.versions.values():
         outer = {f"outer/{key}": digest for key, digest in view.outer.items()}
-        for key, digest in {**view.blobs, **outer, "tokenizer": view.tokenizer}.items():
+        fisher = {f"fisher/{key}": digest for key, digest in view.fisher.items()}
+        for key, digest in {**view.blobs, **outer, **fisher, "tokenizer": view.tokenizer}.items():
             if digest in checked:
                 continue
             checked.add(digest)
@@ -254,7 +255,7 @@ def _evidence(sealed: Sealed, archive: BlobStore, devices: Mapping[str, Device],
             yield restore(accepted, archive)
         for dense in candidate.inputs.round:
             verify_dense(dense, trusted)
-            for digest in dense.blobs.values():
+            for digest in (*dense.blobs.values(), *dense.fisher.values()):
                 archive.get(digest)
                 yield None
     except (ContractError, ChainCorrupt) as error:
@@ -289,8 +290,9 @@ def _compare(
 
 
 def _digests(candidate: Candidate) -> dict[str, str]:
-    """Return every blob that a fold made or kept: weights, and the outer optimiser's state."""
-    return {**candidate.blobs, **{f"outer/{key}": digest for key, digest in candidate.outer.items()}}
+    """Return every blob that a fold made or kept: weights, the outer optimiser's state, Fisher information."""
+    outer = {f"outer/{key}": digest for key, digest in candidate.outer.items()}
+    return {**candidate.blobs, **outer, **{f"fisher/{key}": digest for key, digest in candidate.fisher.items()}}
 
 
 def _different_row(recorded: Candidate, made: Candidate, *, exact: bool) -> str | None:

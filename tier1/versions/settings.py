@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tier1.versions.document import Document, GrownDocument
 
@@ -37,13 +37,32 @@ class ReputationSettings(Document):
     floor: float = Field(default=0.05, gt=0, le=1)  # least trust: a client can come back
 
 
-class OuterSettings(Document):
+class OuterSettings(GrownDocument):
     """Outer optimiser on −ΔW, per expert matrix of a cut or slice of a round of core updates (`aggregation.outer`)."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"warmup"})
 
     kind: Literal["momentum", "nesterov", "adam"] = "nesterov"
     beta: float = Field(default=0.9, ge=0, lt=1)  # of momentum and Nesterov; β₁ of Adam
     beta2: float = Field(default=0.99, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0, le=1)
+    warmup: int = Field(default=0, ge=0, le=1_000_000)  # steps of a slice until β of momentum and Nesterov is reached
+
+    @model_validator(mode="after")
+    def _adam_corrects_itself(self) -> OuterSettings:
+        if self.kind == "adam" and self.warmup:
+            raise ValueError(
+                f"warmup must be 0 with adam, which corrects its first steps, got {self.warmup}: remove it"
+            )
+        return self
+
+
+class OrthogonalSettings(Document):
+    """Directions of earlier device folds that a new one keeps clear of (`aggregation.orthogonal`)."""
+
+    versions: int = Field(default=12, ge=1, le=64)  # n: device folds back
+    rank: int = Field(default=16, ge=1, le=4096)  # k: directions per expert matrix
+    strength: float = Field(default=1.0, gt=0, le=1)  # λ
 
 
 class AggregationSettings(GrownDocument):
@@ -52,7 +71,7 @@ class AggregationSettings(GrownDocument):
     later: ClassVar[frozenset[str]] = frozenset(
         {"max_expert_norm", "max_step_norm", "staleness", "hinge_delay", "hinge_slope", "reputation"}
         | {"rule_options", "root", "scope", "measure", "outer", "norm_ratio", "expert_norm_ratio", "token_ratio"}
-        | {"probe", "mass_ratio", "core_outer"}
+        | {"probe", "mass_ratio", "core_outer", "orthogonal"}
     )
 
     # admission
@@ -84,5 +103,6 @@ class AggregationSettings(GrownDocument):
     min_coverage: int = Field(default=1, ge=1, le=1_000_000)  # k_min
     mass_ratio: float | None = Field(default=None, gt=0, le=1)  # share of the cut's devices for a full step
     # fold
+    orthogonal: OrthogonalSettings | None = None
     outer: OuterSettings | None = None
     core_outer: OuterSettings | None = None  # of core updates: ΔW is the mean over the clusters of a round

@@ -19,6 +19,7 @@ from fednested_lib.errors import ConfigError
 from fednested_lib.partition import expert_param
 from fednested_lib.snapshot import expert_of, expert_shapes
 from tier1.aggregation.fold import WeightedUpdate, fold_experts, numeric_profile
+from tier1.aggregation.orthogonal import Protection
 from tier1.aggregation.registry import origin
 from tier1.aggregation.spool import FactorSpool
 from tier1.versions.archive import read_delta, restore
@@ -62,7 +63,9 @@ def slices_of(plan: FoldPlan, shard: int) -> list[str]:
     return touched[shard :: plan.n_shards]
 
 
-def fold_shard(plan: FoldPlan, shard: int, *, blobs: BlobStore, archive: BlobStore) -> dict[str, str]:
+def fold_shard(
+    plan: FoldPlan, shard: int, *, blobs: BlobStore, archive: BlobStore, protected: Protection | None = None
+) -> dict[str, str]:
     """Fold the slices of one shard.
 
     Args:
@@ -70,6 +73,7 @@ def fold_shard(plan: FoldPlan, shard: int, *, blobs: BlobStore, archive: BlobSto
         shard: 0 ≤ shard < plan.n_shards.
         blobs: holds the parent's blobs and receives the new ones.
         archive: payloads of the updates.
+        protected: what a fold on the plan's parent keeps clear of.
 
     Returns:
         Slice key → digest.
@@ -92,6 +96,7 @@ def fold_shard(plan: FoldPlan, shard: int, *, blobs: BlobStore, archive: BlobSto
                 spool.add(accepted.update_id, read_delta(update, archive, shapes))
                 terms.append(_weighted(update.envelope, weights, spool))
         mine = {key: plan.draft.blobs[key] for key in keys}
+        terms = terms if protected is None else protected.projected(terms)
         return fold_experts(mine, terms, eta=plan.draft.rates.eta_t2, store=blobs)
 
 

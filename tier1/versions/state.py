@@ -74,6 +74,7 @@ class VersionView:
         tokenizer: digest of the tokenizer blob.
         blobs: slice key → digest.
         outer: slice key → digest of the outer optimiser's state.
+        fisher: slice key → digest of the Fisher information of the core updates up to here; empty: none had EWC.
         accepted: rows of the updates that it folded; with `refused` what reputation is derived from.
         refused: rows of the records that it refused.
         dense: the tier-1 delta that it folded, if it folded one; of a round the first.
@@ -88,6 +89,7 @@ class VersionView:
     tokenizer: str
     blobs: Mapping[str, str]
     outer: Mapping[str, str] = field(default_factory=dict, repr=False)
+    fisher: Mapping[str, str] = field(default_factory=dict, repr=False)
     accepted: Sequence[Accepted] = field(default=(), repr=False, compare=False)
     refused: Sequence[Refused] = field(default=(), repr=False, compare=False)
     dense: DenseInput | None = field(default=None, repr=False, compare=False)
@@ -378,6 +380,7 @@ def history_of(candidate: Candidate) -> dict:
     """Return the fields of `VersionView` that later folds derive weights and steps from."""
     return {
         "outer": candidate.outer,
+        "fisher": candidate.fisher,
         "accepted": tuple(candidate.accepted),
         "refused": tuple(candidate.refused),
         "dense": candidate.inputs.dense,

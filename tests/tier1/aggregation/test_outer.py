@@ -27,8 +27,9 @@ def matrix(scene: Scene, digest: str) -> np.ndarray:
 
 def reference(kind: str, deltas: list[np.ndarray], beta=0.8, beta2=0.9, epsilon=1e-8) -> list[np.ndarray]:
     """Return the moves, as the papers write them."""
+    betas = np.broadcast_to(beta, len(deltas))
     m, v, moves = 0.0, 0.0, []
-    for t, delta in enumerate(deltas, 1):
+    for t, (delta, beta) in enumerate(zip(deltas, betas, strict=True), 1):
         if kind == "adam":
             m, v = beta * m + (1 - beta) * delta, beta2 * v + (1 - beta2) * delta**2
             moves.append(m / (1 - beta**t) / (np.sqrt(v / (1 - beta2**t)) + epsilon))
@@ -56,6 +57,29 @@ def test_three_folds_follow_the_paper(scene):
         found = matrix(scene, after.blobs[KEY]) - matrix(scene, before.blobs[KEY])
         np.testing.assert_allclose(found, 0.5 * move, rtol=1e-5, atol=5e-7)
         before = after
+
+
+@pytest.mark.parametrize("scene", ["momentum", "nesterov"], indirect=True)
+def test_beta_warms_up_with_the_steps_of_a_slice(scene):
+    """With a warm-up of two steps the first move is Δ alone, the second has half of β, the third all of it."""
+    scene.settings = scene.settings.model_copy(update={"outer": scene.settings.outer.model_copy(update={"warmup": 2})})
+    deltas, before = [random_delta(seed) for seed in range(4)], scene.chain.state().head
+    moves = reference(scene.settings.outer.kind, [dense(delta) for delta in deltas], beta=[0.0, 0.4, 0.8, 0.8])
+    for sequence, (delta, move) in enumerate(zip(deltas, moves, strict=True)):
+        scene.send("ada", sequence, delta)
+        scene.settle(scene.fold(scene.cut()))
+        after = scene.chain.state().head
+        found = matrix(scene, after.blobs[KEY]) - matrix(scene, before.blobs[KEY])
+        np.testing.assert_allclose(found, move, rtol=1e-5, atol=5e-7)
+        before = after
+
+
+def test_settings_without_a_warm_up_keep_the_bytes_that_chains_were_signed_with():
+    """A new key must not change the digest of an old manifest; with Adam, which corrects itself, it is refused."""
+    assert b"warmup" not in OuterSettings(kind="nesterov").to_bytes()
+    assert OuterSettings.model_validate_json(OuterSettings(warmup=3).to_bytes()).warmup == 3
+    with pytest.raises(ValueError, match="warmup must be 0 with adam"):
+        OuterSettings(kind="adam", warmup=1)
 
 
 def test_untouched_expert_keeps_weights_and_state(scene):

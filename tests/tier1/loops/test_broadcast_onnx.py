@@ -38,7 +38,7 @@ class Tools:
     """In place of the exporter and of onnxruntime: the "graph" is the model itself, off by `error`."""
 
     def __init__(self) -> None:
-        self.error, self.raises, self.exports = 0.0, None, 0
+        self.error, self.raises, self.fails, self.exports = 0.0, None, None, 0
 
     def export(self, model, sample, config):
         self.exports += 1
@@ -53,6 +53,8 @@ class Tools:
 
     def run(self, names, inputs):
         assert names == ["logits"]
+        if self.fails:
+            raise self.fails
         with torch.inference_mode():
             logits = self.model(**{name: torch.from_numpy(each) for name, each in inputs.items()}).logits.numpy()
         noisy = logits + self.error * np.abs(logits).max()
@@ -125,6 +127,15 @@ def test_a_graph_that_is_not_the_model_is_announced_to_nobody(fed: Federation, t
     assert set(fed.blobs.digests()) - before == {published.snapshot}
     tools.error, tools.raises = 5e-5, None
     assert re.fullmatch("[0-9a-f]{64}", publish_champion(fed).onnx)
+
+
+def test_a_graph_that_does_not_run_is_announced_to_nobody(fed: Federation, tools: Tools):
+    """Guards an exporter that is ahead of the runtime: one reason in log and deck, the snapshot stays published."""
+    tools.fails = RuntimeError("opset 27 is not known\n  to this onnxruntime")
+    published = publish_champion(fed)
+    assert [event.event for event in told(fed) if event.event != "updates_settled"] == ["model_available"]
+    assert "does not run (RuntimeError: 'opset 27" in published.onnx
+    assert "\n" not in published.onnx
 
 
 def test_missing_packages_are_said_before_anything_is_published(fed: Federation, monkeypatch: pytest.MonkeyPatch):

@@ -3,17 +3,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
+from structlog.testing import capture_logs
 
+from fednested_lib.errors import SnapshotError
 from fednested_lib.log import DENSE
 from fednested_lib.signing import Signer
-from fednested_lib.snapshot import decode_blob
+from fednested_lib.snapshot import decode_blob, encode_blob
 from tests.federation import make_workspace
 from tier1.federation import Federation, open_federation
 from tier1.loops.core_round import POLL_S, gather_round, last_state, waiting_updates
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
 from tier1.loops.evaluate_and_promote import settle_candidate
 from tier1.loops.replay import audit_version, replay_versions
+from tier1.versions.dense_update import make_dense
+from tier1.versions.manifest import DenseUpdate
 
 CLUSTERS = {"count": 2, "max_wait_s": 60.0}
 STEPS = 3
@@ -126,3 +131,28 @@ def test_half_precision_deltas_take_half_the_bytes(tmp_path):
     for key, tensors in heads[0].items():
         for name, array in tensors.items():
             np.testing.assert_allclose(heads[1][key][name], array, atol=2e-5)
+
+
+@pytest.mark.parametrize("damage", ["lost", "shape", "fisher"])
+def test_an_unusable_delta_of_another_cluster_stops_nobody(tmp_path, damage):
+    """What one cluster's delta lacks in the archive is said and left out; the others' round is folded without it."""
+    first, second = make_clusters(tmp_path)
+    ref = published(first, "a")
+    (bad,) = waiting_updates(first, first.chain.state())
+    key, digest = next(iter(bad.blobs.items()))
+    if damage == "lost":
+        Path(first.archive.location(digest)).unlink()
+    else:
+        wrong = first.archive.put(encode_blob({"weight": np.full(3, -1.0, np.float32)}))
+        fields = bad.model_dump(include=set(DenseUpdate.model_fields) - {"update_id", "signer", "signature", "format"})
+        fields |= {"fisher": {key: wrong}} if damage == "fisher" else {"blobs": {**bad.blobs, key: wrong}}
+        first.log.append(DENSE, key=b"bad", value=make_dense(first.signer, **fields).to_bytes(), headers={})
+    with capture_logs() as logs:
+        assert settled(with_clusters(second, max_wait_s=0.0), published(second, "b")).version == 1
+    used = {dense.run_id for dense in first.chain.entries()[-1].entry.body.candidate.inputs.round}
+    assert "b" in used
+    assert [entry["run"] for entry in logs if entry["event"] == "core_round.unusable"] == ["a"]
+    assert ("a" in used) == (damage != "lost")
+    if damage == "lost":
+        with pytest.raises(SnapshotError, match=digest):
+            settled(with_clusters(first, max_wait_s=0.0), ref)

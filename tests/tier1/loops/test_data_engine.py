@@ -391,7 +391,7 @@ def test_the_engine_needs_no_torch(tmp_path: Path) -> None:
         "from tier1.commands import app; app()"
     )
     command = [sys.executable, "-c", program, "data-engine", "--config", str(config)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "0 findings" in done.stdout
 
@@ -544,5 +544,5 @@ def test_a_killed_turn_asks_for_one_task(tmp_path: Path, kafka_bootstrap: str, f
 def run_engine(config: Path, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", "from tier1.commands import app; app()", "data-engine", "--config", str(config)]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
     )

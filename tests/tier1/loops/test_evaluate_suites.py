@@ -62,6 +62,24 @@ def test_the_gate_finds_what_was_measured(
     assert evaluate_suites.plan_suites(fed, "") == ("", [])
 
 
+def test_a_suite_that_was_judged_cannot_be_dropped(folded: tuple[Federation, CandidateRef]) -> None:
+    """The chain remembers what the gate judged: whoever deletes a registration closes the gate and opens nothing."""
+    fed, candidate = folded
+    assert settle_candidate(fed, candidate).status == "head"
+    entry = fed.home / "suites/a.json"
+    content = entry.read_bytes()
+    entry.unlink()
+    with pytest.raises(DataError, match=r"suite 'a' was judged by the gate before and is not registered any more"):
+        gate_candidate(fed, load_candidate(fed.home, candidate.digest))
+    other = fed.home / "other.jsonl"
+    other.write_text('{"text": "something that is easier to guess"}\n' * 40)
+    suite_registry(fed).register({"a": other})
+    with pytest.raises(DataError, match=r"judged by the gate with digest .* other text needs another name"):
+        gate_candidate(fed, load_candidate(fed.home, candidate.digest))
+    entry.write_bytes(content)
+    assert gate_candidate(fed, load_candidate(fed.home, candidate.digest)).passed
+
+
 def test_a_bound_of_a_suite_is_its_own(tmp_path: Path) -> None:
     """The gate holds one suite against its own bound and the others against the default, and records what it used."""
     fed = make_federation(

@@ -14,9 +14,10 @@ from fednested_lib.snapshot import read_state_dict
 from tests.federation import make_workspace, write_text
 from tier1.config import load_tier1
 from tier1.federation import open_federation
+from tier1.loops.core_round import last_state
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
 from tier1.loops.evaluate_and_promote import settle_candidate
-from tier1.loops.memory import chosen_safeguards, fisher_of
+from tier1.loops.memory import chosen_safeguards
 from tier1.training.backends import TorchBackend
 
 EVERY = {
@@ -56,7 +57,7 @@ def record_of(fed, ref):
 
 
 def test_a_run_leaves_the_fisher_information_that_the_next_one_takes_up(fed):
-    """Guards the chain of memories: run 2 adds its own Fisher to half of run 1's, which its base's record names."""
+    """Guards the chain of memories: version 2 carries run 2's own Fisher and half of version 1's."""
     with capture_logs() as events:
         first = trained(fed, "r1")
     assert [event["base"] for event in events if event["event"] == "core_update.no_fisher"] == [0]
@@ -64,16 +65,31 @@ def test_a_run_leaves_the_fisher_information_that_the_next_one_takes_up(fed):
     with capture_logs() as events:
         second = trained(fed, "r2")
     assert "core_update.no_fisher" not in {event["event"] for event in events}
-    alone = trained(with_safeguards(fed, ewc=fed.config.core.safeguards.ewc.model_copy(update={"decay": 0.0})), "r3")
-    manifest, archive = fed.chain.state().head.snapshot, fed.archive
-    one, two, own = (
-        read_state_dict(replace(manifest, blobs=fisher_of(fed.home, ref.update_id)), archive)
-        for ref in (first, second, alone)
+    assert settle_candidate(fed, fold_dense(fed, second)).version == 2
+    versions, own = fed.chain.state().versions, record_of(fed, second)["dense"]["fisher"]
+    one, two = (
+        read_state_dict(replace(versions[n].snapshot, blobs=dict(versions[n].fisher)), fed.blobs) for n in (1, 2)
     )
-    assert one.keys() == read_state_dict(manifest, fed.blobs).keys()
+    own = read_state_dict(replace(versions[2].snapshot, blobs=own), fed.archive)
+    assert one.keys() == read_state_dict(versions[2].snapshot, fed.blobs).keys()
     for name in one:
         assert (two[name] - (own[name] + 0.5 * one[name])).abs().max() <= 1e-6 * two[name].abs().max()
+
+
+def test_with_a_schedule_over_several_runs_the_next_one_goes_on_with_its_safeguards(fed):
+    """Guards `core.schedule_steps`: run 2 begins at step 7 with what slow groups collected, and protects version 1."""
+    longer = fed.config.core.model_copy(update={"schedule_steps": 40})
+    fed = replace(fed, config=fed.config.model_copy(update={"core": longer}))
+    assert settle_candidate(fed, fold_dense(fed, trained(fed, "r1"))).status == "head"
+    kept = last_state(fed)
+    assert kept.progress.step == 6
+    assert any(".collected." in name for name in kept.state)
+    with capture_logs() as events:
+        second = trained(fed, "r2")
+    assert [event["steps"] for event in events if event["event"] == "core.trained"] == [6]
+    assert last_state(fed).progress.step == 12
     assert settle_candidate(fed, fold_dense(fed, second)).version == 2
+    assert fed.chain.state().head.fisher != fed.chain.state().versions[1].fisher
 
 
 def test_a_killed_run_goes_on_to_the_same_delta_and_fisher(fed, monkeypatch):
@@ -99,7 +115,7 @@ def test_a_killed_run_goes_on_to_the_same_delta_and_fisher(fed, monkeypatch):
     resumed = record_of(fed, trained(fed, "killed"))
     assert len(taken) == 6 + 2, "steps 5 and 6 were left"
     assert resumed["dense"]["blobs"] == whole["dense"]["blobs"]
-    assert resumed["fisher"] == whole["fisher"]
+    assert resumed["dense"]["fisher"] == whole["dense"]["fisher"]
 
 
 def test_old_text_needs_a_grant_of_its_own(fed, tmp_path):

@@ -22,11 +22,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tier1.training.backends import Backend
+    from tier1.training.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 STUCK_S = 240  # a rank that is not done by then is ended by SIGALRM, which no test expects
 ROWS = np.random.default_rng(0).integers(0, 40, size=(96, 17)).astype(np.int32)
+# Old rows have no tokens of their own: where distillation alone sees one its gradient begins as rounding, which AdamW
+# makes a step of.
+OLD = np.random.default_rng(1).integers(0, 40, size=(12, 17)).astype(np.int32)
 MODEL = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -48,15 +54,20 @@ STILL = {"attention_dropout": 0.0, "router_jitter_noise": 0.0}  # no random numb
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How one rank ended: its exit status (negative: a signal), what it had to say; times on one monotonic clock."""
+    """How one rank ended: its exit status (negative: a signal), what it had to say; times on one monotonic clock.
+
+    `deepspeed`: whether its process has imported it, which takes memory also where it is not used.
+    """
 
     status: int
     weights: str = ""
     losses: tuple[float, ...] = ()
+    rows: tuple[dict[str, float], ...] = ()
     began_s: float = 0.0
     steps_s: tuple[float, ...] = ()
     ended_s: float = 0.0
     peak_mib: float = 0.0
+    deepspeed: bool = False
     error: str = ""
     message: str = ""
 
@@ -141,7 +152,7 @@ def _be_rank(rank: int, order: dict) -> None:
     )
     if str(rank) in order["kill"]:
         os.environ["FEDNESTED_FAILPOINT"] = order["kill"][str(rank)]
-    status, said = 1, {"losses": [], "began_s": time.monotonic(), "steps_s": []}
+    status, said = 1, {"losses": [], "rows": [], "began_s": time.monotonic(), "steps_s": []}
     try:
         said["weights"] = _train(said, **order["job"])
         status = 0
@@ -150,7 +161,7 @@ def _be_rank(rank: int, order: dict) -> None:
     except BaseException as error:
         said |= {"error": type(error).__name__, "message": repr(error)}
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    said["ended_s"] = time.monotonic()
+    said |= {"ended_s": time.monotonic(), "deepspeed": "deepspeed" in sys.modules}
     (Path(order["scratch"]) / f"rank-{rank}.json").write_text(json.dumps(said))
     os._exit(status)
 
@@ -170,17 +181,20 @@ def _train(
     timeout_s: float = 120.0,
     large: bool = False,
     clip: float = 1.0,
+    rate: float = 1e-2,
     engine: dict | None = None,
     micro_batch: int | None = None,
     recompute: bool = False,
     starved_rank: int | None = None,
     n_rows: int | None = None,
     token: int | None = None,
+    document_end: int | None = None,
+    safeguards: list[str] | None = None,
 ) -> str:
     """Be one rank of a run and return the digest of its weights.
 
     Args:
-        said: receives losses and times of the steps.
+        said: receives losses and times of the steps, and of every fourth what is measured.
         steps: optimiser steps.
         batch_size: rows per step, over all ranks.
         every: steps between checkpoints.
@@ -193,17 +207,21 @@ def _train(
         timeout_s: longest wait for another rank.
         large: the demo's model and rows of its length in place of the small ones.
         clip: largest norm of the gradient.
+        rate: learning rate.
         engine: settings of DeepSpeed; None is plain torch.
         micro_batch: rows per pass.
         recompute: activation checkpointing.
         starved_rank: the rank that gets no memory from step 6 on.
         n_rows: use so many of the rows.
         token: the last of the last row is this one.
+        document_end: token at which rows stop looking back.
+        safeguards: names of those that are on; what they protect is learned from the model before the run.
     """
     from tier1.training.checkpoint import Checkpoints
     from tier1.training.model import TINY_MIXTRAL, initial_model
     from tier1.training.ranks import join_ranks
     from tier1.training.settings import TrainSettings
+    from tier1.training.step_metrics import StepMetrics
     from tier1.training.trainer import train
 
     config, rows = MODEL | (STILL if still else {}) | ({} if router_noise else {"router_jitter_noise": 0.0}), ROWS
@@ -217,13 +235,16 @@ def _train(
         settings = TrainSettings(
             steps=steps,
             batch_size=batch_size,
-            learning_rate=1e-2,
+            learning_rate=rate,
             aux_loss=aux_loss,
             grad_clip=clip,
             micro_batch=micro_batch,
             activation_checkpointing=recompute,
+            document_end=document_end,
         )
         backend = _backend(engine)
+        if safeguards is not None:
+            backend = _safeguarded(backend if engine else None, safeguards, model, ranks)
         checkpoints = Checkpoints(directory=Path(directory), every=every, run={"steps": steps}) if directory else None
 
         def on_step(step: int, loss: float) -> None:
@@ -245,9 +266,11 @@ def _train(
             ranks=ranks,
             checkpoints=checkpoints,
             on_step=on_step,
+            metrics=StepMetrics(every=4, write=said["rows"].append),
         )
+        # Before the weights are gathered, which an engine that cuts them does not do in training.
+        said["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         weights = backend.state_dict()
-    said["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
@@ -263,6 +286,22 @@ def _backend(engine: dict | None) -> Backend:
     from tier1.training.deepspeed_config import DeepSpeedSettings
 
     return DeepSpeedBackend(DeepSpeedSettings(**engine))
+
+
+def _safeguarded(backend: Backend | None, names: list[str], base: nn.Module, ranks: Ranks) -> Backend:
+    from tier1.training.pace import Frequencies
+    from tier1.training.safeguarded import safeguarded
+    from tier1.training.safeguards import Ewc, Freeze, Memory, Rehearsed, Safeguards, fisher_diagonal
+
+    every = {
+        "replay": Rehearsed(weight=0.7, rows=4),
+        "distillation": Rehearsed(weight=0.7, rows=4),
+        "ewc": Ewc(weight=50.0),
+        "freeze": Freeze(share=0.26),
+        "frequencies": Frequencies(core=2, router=5, experts=(1, 3, None, 4)),
+    }
+    chosen = Safeguards(**{name: every[name] for name in names})
+    return safeguarded(chosen, Memory(rows=OLD, fisher=fisher_diagonal(base, OLD, ranks)), backend)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import ConfigError, TrainingError
@@ -14,9 +17,13 @@ from fednested_lib.snapshot import (
     write_state_dict,
 )
 from tier1.training.backends import TorchBackend
+from tier1.training.checkpoint import Checkpoints
 from tier1.training.core_update import train_core_update
 from tier1.training.data import prepare_dataset
+from tier1.training.deepspeed_backend import DeepSpeedBackend
+from tier1.training.deepspeed_config import DeepSpeedSettings
 from tier1.training.model import initial_model
+from tier1.training.pace import Frequencies
 from tier1.training.safeguards import Ewc, Safeguards
 from tier1.training.settings import TrainSettings
 
@@ -30,8 +37,8 @@ def run(tmp_path, small_mixtral, tokenizer, texts, write_jsonl):
     dataset = prepare_dataset({"a": write_jsonl("a.jsonl", rows)}, tokenizer, seq_len=16, out_dir=tmp_path / "packed")
     snapshots, deltas = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "payloads")
 
-    def train(settings=SETTINGS, backend=None, safeguards=None, **changes):
-        model = initial_model("mixtral", small_mixtral | changes, 0)
+    def train(settings=SETTINGS, tied=False, **options):
+        model = initial_model("mixtral", small_mixtral | {"tie_word_embeddings": tied}, 0)
         base = SnapshotManifest(
             version=4,
             family="mixtral",
@@ -39,7 +46,7 @@ def run(tmp_path, small_mixtral, tokenizer, texts, write_jsonl):
             tokenizer=snapshots.put(tokenizer),
             blobs=write_state_dict(model.state_dict(), "mixtral", snapshots),
         )
-        delta = train_core_update(base, snapshots, dataset, settings, deltas, backend=backend, safeguards=safeguards)
+        delta = train_core_update(base, snapshots, dataset, settings, deltas, **options)
         return base, snapshots, delta, deltas
 
     return train
@@ -74,7 +81,7 @@ def test_unchanged_slices_are_absent(run):
 
 def test_a_tied_head_is_moved_once(run):
     """Guards that tied weights, one tensor under two names, yield one difference."""
-    _, _, delta, deltas = run(tie_word_embeddings=True)
+    _, _, delta, deltas = run(tied=True)
     rest = decode_blob(deltas.get(delta.blobs["core/rest"]))
     assert "model.embed_tokens.weight" in rest
     assert "lm_head.weight" not in rest
@@ -90,5 +97,69 @@ def test_a_failed_run_stores_nothing(run, tmp_path, monkeypatch):
 
 def test_safeguards_are_never_left_out_in_silence(run):
     """Guards that an engine that has no safeguards is refused when they are asked for."""
-    with pytest.raises(ConfigError, match=r"core\.safeguards must be off with another engine"):
+    with pytest.raises(ConfigError, match=r"core\.safeguards must be off with the engine TorchBackend"):
         run(backend=TorchBackend(), safeguards=Safeguards(ewc=Ewc(weight=1.0)))
+
+
+class Stop(Exception):
+    """Ends a run after the checkpoint of its first step."""
+
+
+def stop(step, loss):
+    if step % 3 == 2:
+        raise Stop
+
+
+class TorchInItsPlace(TorchBackend, DeepSpeedBackend):
+    """The settings of DeepSpeed, the steps of torch: what a run is does not depend on whether DeepSpeed is there."""
+
+    def __init__(self, chosen):
+        DeepSpeedBackend.__init__(self, chosen)
+
+
+def test_a_run_in_bf16_goes_on_in_bf16_alone(run, tmp_path):
+    """Guards the precision as part of what a run is; the other settings of an engine are not."""
+    whole, half = (TorchInItsPlace(DeepSpeedSettings(bf16=bf16)) for bf16 in (False, True))
+    for name, begun, other in (("half", half, TorchBackend()), ("whole", whole, half)):
+        place = Checkpoints(directory=tmp_path / name, every=1)
+        with pytest.raises(Stop):
+            run(backend=begun, checkpoints=place, on_step=stop)
+        with pytest.raises(
+            TrainingError, match=r"its deepspeed\.bf16 is (True|None), this run's is (True|None); train"
+        ):
+            run(backend=other, checkpoints=place)
+        assert run(backend=begun, checkpoints=place)[2] == run()[2]
+    with pytest.raises(Stop):
+        run(checkpoints=replace(place, directory=tmp_path / "before"), on_step=stop)
+    assert run(backend=whole, checkpoints=replace(place, directory=tmp_path / "before"))[2] == run()[2]
+
+
+def test_a_run_goes_on_with_the_moments_that_it_took_over(run, tmp_path):
+    """Guards the optimiser state of the run before as part of what a run is; weights in it are not used."""
+    first = run(replace(SETTINGS, steps=6, last_step=3), keep_state=True)[2]
+    later = replace(SETTINGS, steps=6, first_step=3)
+    place = Checkpoints(directory=tmp_path / "run", every=1)
+    with pytest.raises(Stop):
+        run(later, moments=first.state, checkpoints=place, on_step=stop)
+    name = "optimizer.exp_avg.lm_head.weight"
+    with pytest.raises(TrainingError, match=r"its moments is [0-9a-f]{64}, this run's is [0-9a-f]{64}; train"):
+        run(later, moments=first.state | {name: first.state[name] * 1.5}, checkpoints=place)
+    weights = {name: tensor * 0 for name, tensor in first.state.items() if name.startswith("model.")}
+    assert run(later, moments=first.state | weights, checkpoints=place)[2] == run(later, moments=first.state)[2]
+
+
+def test_collected_gradients_that_no_slow_group_takes_are_told(run):
+    """Guards the hand-over to other frequencies: what is left of the run before is an event, not silence."""
+
+    def dropped(frequencies):
+        chosen = Safeguards(frequencies=frequencies) if frequencies else None
+        with capture_logs() as events:
+            run(replace(SETTINGS, steps=6, first_step=3), moments=first.state, safeguards=chosen)
+        return [event["parameters"] for event in events if event["event"] == "core.collected_dropped"]
+
+    slow = Frequencies(core=2, router=2, experts=(1, 2))
+    first = run(replace(SETTINGS, steps=6, last_step=3), safeguards=Safeguards(frequencies=slow), keep_state=True)[2]
+    held = sum(bool(tensor.any()) for name, tensor in first.state.items() if ".collected." in name)
+    assert dropped(slow) == []
+    assert dropped(None) == dropped(Frequencies(router=None)) == [held]
+    assert dropped(Frequencies(core=2, experts=(3, None))) == [2], "the two routers'"

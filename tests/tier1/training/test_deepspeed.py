@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from fednested_lib.errors import ConfigError
-from tests.tier1.training.rank_process import MODEL, RankRunner
+from tests.tier1.training.rank_process import MODEL, STILL, RankRunner
+from tier1.training.checkpoint import Checkpoints, Progress
 from tier1.training.deepspeed_backend import DeepSpeedBackend
 from tier1.training.deepspeed_config import DeepSpeedSettings, check_layout
 from tier1.training.model import initial_model
@@ -82,6 +83,30 @@ def test_a_run_goes_on_with_another_layout(runner, torch_losses, tmp_path):
         losses.append(ended[0].losses)
     assert len(losses[-1]) == 4, "it went on from step 8"
     assert apart(losses[-1], torch_losses[-4:]) <= 1e-4
+
+
+@needs_deepspeed
+def test_weights_without_moments_are_a_beginning(runner, tmp_path):
+    """Guards a state in which no parameter has moved yet: plain torch takes it, and so does DeepSpeed."""
+    weights = initial_model("mixtral", MODEL | STILL, 0).state_dict()
+    state = {f"model.{name}": tensor for name, tensor in weights.items()}
+    losses = []
+    for engine in (None, STAGES[1]):
+        place = Checkpoints(directory=tmp_path / str(engine), every=99, run={"steps": 12})
+        place.save(Progress(step=8, loss_first=5.0, loss_last=5.0), state)
+        (one,) = done(runner.run(1, engine=engine, directory=str(place.directory), every=99, **RUN))
+        losses.append(one.losses)
+    assert len(losses[0]) == 4
+    assert apart(losses[1], losses[0]) <= 1e-4
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("engine", [STAGES[1], STAGES[2], EXPERTS[0]], ids=str)
+def test_bf16_does_not_round_what_training_starts_from(runner, engine):
+    """Guards the delta: DeepSpeed makes its fp32 weights of the bf16 ones, and their rounding would be folded."""
+    run = {"steps": 2, "still": True, "rate": 0.0}
+    (base,) = done(runner.run(1, **run))
+    assert {one.weights for one in done(runner.run(2, engine=engine | {"bf16": True}, **run))} == {base.weights}
 
 
 @needs_deepspeed

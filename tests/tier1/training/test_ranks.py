@@ -6,10 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from fednested_lib.errors import ConfigError
 from tests.tier1.training.rank_process import RankRunner
-from tier1.training.ranks import ALONE, Ranks
+from tier1.training.ranks import ALONE, Ranks, join_ranks
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,20 @@ def test_a_batch_that_does_not_divide_names_the_sizes_that_do():
         Ranks(world_size=8).share_of(3)
     assert [Ranks(rank=rank, world_size=2).share_of(6) for rank in (0, 1)] == [slice(0, 3), slice(3, 6)]
     assert ALONE.share_of(5) == slice(0, 5)
+
+
+@pytest.mark.parametrize(("local_rank", "told"), [("0", "4"), ("3", None)], ids=["torchrun", "another launcher"])
+def test_more_ranks_than_gpus_is_one_line(monkeypatch, local_rank, told):
+    """Guards against CUDA's own error: the first rank says it too, where torchrun tells how many there are."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if told:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    with pytest.raises(ConfigError, match=r"must be 1\.\.2, its number of GPUs, got 4: start .*--nproc_per_node 2, or"):
+        join_ranks(1.0).__enter__()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with join_ranks(1.0) as ranks:
+        assert ranks.device == "cuda:1"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
@@ -14,7 +16,7 @@ from tier1.training.backends import TorchBackend
 from tier1.training.checkpoint import Checkpoints
 from tier1.training.loss import batch_loss
 from tier1.training.model import initial_model
-from tier1.training.pace import Frequencies
+from tier1.training.pace import Frequencies, Pace, entry_periods
 from tier1.training.safeguarded import SafeguardedBackend
 from tier1.training.safeguards import (
     Consolidation,
@@ -22,13 +24,13 @@ from tier1.training.safeguards import (
     Ewc,
     Freeze,
     Memory,
+    Rehearsal,
     Rehearsed,
     Replay,
     Safeguards,
-    accumulated,
     divergence,
     fisher_diagonal,
-    pace_of,
+    periods_of,
     routed_shares,
     terms_of,
 )
@@ -136,12 +138,6 @@ def test_the_fisher_leaves_the_model_as_it_was(base):
     assert fisher["lm_head.weight"].any()
 
 
-def test_earlier_fishers_add_up_with_decay():
-    """Guards online EWC: decay · earlier + own, a parameter without an earlier one keeps its own."""
-    own, earlier = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, {"a": torch.tensor(10.0)}
-    assert accumulated(earlier, own, 0.5) == {"a": torch.tensor(6.0), "b": torch.tensor(2.0)}
-
-
 def test_the_divergence_is_zero_of_equals_and_that_of_torch_otherwise():
     """Guards KL(wanted ‖ found) per token, its direction included, against torch's own."""
     wanted, found = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).unbind()
@@ -169,6 +165,47 @@ def test_replay_is_the_loss_of_old_rows(base):
     expected = nn.functional.cross_entropy(base(input_ids=tokens[:, :-1]).logits[0], tokens[0, 1:])
     found = Replay(REHEARSED, one_row)(base, BATCH, None)
     assert found.item() == pytest.approx(0.7 * expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [8, 3])
+def test_old_rows_are_drawn_once_a_step_and_dealt_to_its_passes(base, n):
+    """Guards cost and identity: micro-batches change neither which old rows a step sees nor what they weigh."""
+    settings = replace(REHEARSED, rows=n)
+
+    def of_a_step(passes):
+        torch.manual_seed(5)
+        drawn, terms = Rehearsal(OLD, n, 1, passes=passes), Replay(settings, OLD, passes=passes)
+        parts = [drawn.draw() for _ in range(passes)]
+        with torch.no_grad():
+            loss = sum(terms(base, BATCH, None) for _ in range(passes)) / passes
+        return torch.cat([part for part, _ in parts]), loss.item()
+
+    rows, loss = of_a_step(1)
+    assert len(rows) == n
+    for passes in (2, 4, 8):
+        again, same = of_a_step(passes)
+        torch.testing.assert_close(again, rows)
+        assert same == pytest.approx(loss, rel=1e-5)
+
+
+def test_masked_documents_are_masked_in_old_rows_too(base):
+    """Guards that a replayed row is read as the trainer reads its own: not beyond the beginning of a document."""
+    end = int(OLD[0, 8])
+    rows = np.stack([OLD[0], OLD[0]])
+    rows[1, :8] = OLD[1, :8]  # another document before the same one
+    tokens = torch.from_numpy(rows.astype(np.int64))[:, :-1]
+    assert not (rows[:, :8] == end).any()
+
+    def tail(end):
+        wanted = []
+        base.register_forward_hook(lambda module, args, output: wanted.append(output.logits[0, 8:].detach()))
+        for row in rows:
+            torch.manual_seed(0)
+            Replay(REHEARSED, row[None], end=end)(base, tokens, None)
+        return wanted[-2:]
+
+    assert not torch.allclose(*tail(None))
+    torch.testing.assert_close(*tail(end))
 
 
 def test_a_composition_is_the_sum(base, memory):
@@ -224,6 +261,17 @@ def test_the_experts_that_old_rows_need_are_frozen(small_mixtral, base, memory):
     assert 3 <= (shares >= bound).sum() < 8
 
 
+@pytest.mark.parametrize(("share", "level"), [(0.01, "info"), (0.99, "warning")])
+def test_a_share_that_freezes_nobody_is_said(base, share, level):
+    """Guards against a safeguard that is on and does nothing: of balanced experts none has a large share."""
+    with capture_logs() as logs:
+        periods_of(Safeguards(freeze=Freeze(share=share)), Memory(rows=OLD), base, "mixtral")
+    (said,) = (entry for entry in logs if entry["event"] == "core.experts_frozen")
+    shares = routed_shares(base, OLD)
+    assert (said["log_level"], said["frozen"]) == (level, (shares >= share).sum())
+    assert said["largest_share"] == pytest.approx(shares.max(), abs=5e-4)
+
+
 def test_a_slow_group_moves_at_its_steps_by_the_mean_of_their_gradients(small_mixtral, memory):
     """Guards the frequency: a router of period 3 rests at steps 1, 2, 4, 5 and moves at 3 and 6; expert 1 likewise."""
     seen = []
@@ -247,25 +295,46 @@ def test_a_slow_group_moves_at_its_steps_by_the_mean_of_their_gradients(small_mi
 
 def test_what_a_slow_group_takes_is_the_mean_of_the_collected_gradients(base):
     """Guards the collected gradient of a whole parameter and of one expert, and that it starts anew after a step."""
-    pace = pace_of(Safeguards(frequencies=Frequencies(router=2, experts=(2, 1))), Memory(rows=OLD), base, "mixtral")
+    slow = Safeguards(frequencies=Frequencies(router=2, experts=(2, 1)))
     parameters = dict(base.named_parameters())
-    optimizer = torch.optim.AdamW(base.parameters(), lr=0.0)
+    periods = periods_of(slow, Memory(rows=OLD), base, "mixtral")
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3, betas=(0.0, 0.0), eps=1e-9)
     router, experts = parameters["model.layers.0.mlp.gate.weight"], parameters[EXPERTS]
     taken, moments = [], []
+    Pace({parameters[name]: entry_periods(period, parameters[name]) for name, period in periods.items()}).attach(
+        optimizer
+    )
     for value in (1.0, 3.0, 10.0, 20.0):
         for parameter in base.parameters():
             parameter.grad = torch.full_like(parameter, value)
-        pace.before(parameters, optimizer)
         optimizer.step()
-        taken.append((None if router.grad is None else router.grad.mean().item(), *experts.grad.mean((1, 2)).tolist()))
-        pace.after(optimizer)
-        moments.append(optimizer.state[experts]["exp_avg"][0].clone())
+        seen = [optimizer.state[tensor]["exp_avg"] for tensor in (router, experts)]  # β = 0: the gradient that it took
+        taken.append((seen[0].mean().item(), *seen[1].mean((1, 2)).tolist()))
+        moments.append(seen[1][0].clone())
     assert not moments[0].any(), "a resting expert's moments rest"
     assert moments[1].any()
     assert torch.equal(moments[1], moments[2])
     assert taken[1] == pytest.approx((2.0, 2.0, 3.0, 2.0, 3.0))
     assert taken[3] == pytest.approx((15.0, 15.0, 20.0, 15.0, 20.0))
-    assert taken[0][0] is taken[2][0] is None
+    assert [taken[0][0], taken[2][0]] == [0.0, taken[1][0]], "a resting router's too"
+
+
+def test_a_slow_group_takes_the_steps_of_an_adamw_of_its_own(base):
+    """Guards the correction of moments: at its steps a group of period 3 is where AdamW alone would be by then."""
+    slow, alone = base, copy.deepcopy(base)
+    name = "model.layers.0.mlp.gate.weight"
+    one, other = dict(slow.named_parameters())[name], dict(alone.named_parameters())[name]
+    optimizers = [torch.optim.AdamW([tensor], lr=1e-2, weight_decay=0.1) for tensor in (one, other)]
+    Pace({one: entry_periods(3, one)}).attach(optimizers[0])
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 10):
+        one.grad = torch.randn(one.shape, generator=generator)
+        other.grad = one.grad.clone() if step % 3 == 1 else other.grad + one.grad
+        optimizers[0].step()
+        if step % 3 == 0:
+            other.grad /= 3
+            optimizers[1].step()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 class Stop(Exception):
@@ -305,6 +374,45 @@ def test_a_resumed_run_ends_with_the_bits_of_a_whole_one(small_mixtral, memory, 
     torch.manual_seed(99)
     assert place.newest().progress.step == 4
     assert equal(whole, trained(config, safeguards, memory, place))
+
+
+def test_the_next_run_of_a_cluster_goes_on_where_the_last_one_stood(small_mixtral, memory):
+    """Guards `core.schedule_steps`: what slow groups collected, and when they move, goes over from run to run."""
+    chosen = Safeguards(replay=REHEARSED, frequencies=EVERY["frequencies"].frequencies)
+    whole = trained(small_mixtral, chosen, memory, steps=12)
+    model, first = initial_model("mixtral", small_mixtral, 0), SafeguardedBackend(chosen, memory)
+    run = TrainSettings(steps=12, last_step=7, batch_size=4, learning_rate=1e-2)
+    train(model, ROWS, run, family="mixtral", backend=first)
+    state = {name: tensor.clone() for name, tensor in first.training_state().items()}
+    assert any("collected" in name for name in state)
+    later = replace(run, first_step=7, last_step=12)
+
+    def goes_on(safeguards, moments):
+        copied = copy.deepcopy(model)
+        train(
+            copied,
+            ROWS,
+            later,
+            family="mixtral",
+            backend=SafeguardedBackend(safeguards, memory),
+            moments=moments,
+        )
+        return copied.state_dict()
+
+    assert equal(whole, goes_on(chosen, state))
+    without = {name: tensor for name, tensor in state.items() if "collected" not in name}
+    assert not equal(whole, goes_on(chosen, without)), "safeguards that are switched on begin to collect"
+    assert not equal(whole, goes_on(Safeguards(), state)), "and those that are switched off are off"
+
+
+def test_slow_groups_begin_where_there_are_no_moments(small_mixtral, memory):
+    """Guards a state with collected gradients alone: a parameter that has not moved yet has no moments."""
+    model = initial_model("mixtral", small_mixtral, 0)
+    backend = SafeguardedBackend(EVERY["frequencies"], memory)
+    collected = {f"optimizer.collected.{name}": torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
+    run = TrainSettings(steps=6, first_step=3, batch_size=4, learning_rate=1e-2)
+    train(model, ROWS, run, family="mixtral", backend=backend, moments=collected)
+    assert {float(backend.training_state()[f"optimizer.step.{name}"]) for name, _ in model.named_parameters()} == {3.0}
 
 
 def test_replay_and_distillation_keep_what_training_on_other_text_forgets(small_mixtral):

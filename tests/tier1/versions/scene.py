@@ -173,7 +173,9 @@ class Scene:
         """Append any record."""
         return self.log.append(LOCAL, key=key.encode(), value=value, headers={HEADER: envelope})
 
-    def dense(self, run_id: str, *, seed: int = 5, base: VersionView | None = None, size: float = 0.1) -> DenseInput:
+    def dense(
+        self, run_id: str, *, seed: int = 5, base: VersionView | None = None, size: float = 0.1, **fields
+    ) -> DenseInput:
         """Publish the dense delta of a training run on two core shards and one expert."""
         base = base or self.chain.state().head
         rng = np.random.default_rng(seed)
@@ -195,6 +197,7 @@ class Scene:
             tokens=100,
             dataset_digest="d" * 64,
             trainer="trainer",
+            **fields,
         )
         partition, offset = self.log.append(TIER1, key=run_id.encode(), value=update.to_bytes(), headers={})
         record = next(self.log.read(TIER1, {partition: (offset, offset + 1)}))

@@ -101,7 +101,7 @@ def test_kill_at_a_random_time_changes_nothing(whole, tmp_path, seed):
     print(f"seed {seed}: killed {delay:.3f} s after it was ready")
     time.sleep(delay)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert_made_good(tmp_path, whole)
 
 
