@@ -288,6 +288,7 @@ class Run:
             trained.delta,
             policy=make_policy(),
             encoding=outgoing.encoding,
+            levels=outgoing.levels,
             mean_rank=outgoing.mean_rank,
             error_feedback=outgoing.error_feedback,
             carried=carried,

@@ -15,6 +15,7 @@ Encoding = Literal["fp32", "fp16", "int8", "int4"]
 Mode = Literal["lora", "fixed_a"]
 ENCODINGS: tuple[str, ...] = ("fp32", "fp16", "int8", "int4")
 MAX_RANK = 256
+INT4_LEVELS = 7  # of rounding to int4, on either side of zero
 
 
 @dataclass(frozen=True, kw_only=True)

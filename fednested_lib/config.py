@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fednested_lib.adapter_spec import Encoding, Mode
+from fednested_lib.adapter_spec import INT4_LEVELS, Encoding, Mode
 from fednested_lib.envelope import ClientId, FederationName
 from fednested_lib.errors import ConfigError
 from fednested_lib.signing import HEX64
@@ -120,9 +120,16 @@ class OutgoingConfig(Section):
     """How it leaves, within the policy: encoding, rank, error feedback, room for updates that nobody confirmed yet."""
 
     encoding: Encoding = "int8"
+    levels: int = Field(default=INT4_LEVELS, ge=2, le=INT4_LEVELS)
     mean_rank: float | None = Field(default=None, gt=0, le=256)
     error_feedback: bool = False
     outbox_bytes: int = Field(default=256 << 20, ge=1 << 20)
+
+    @model_validator(mode="after")
+    def _levels_of_int4(self) -> OutgoingConfig:
+        if self.levels != INT4_LEVELS and self.encoding != "int4":
+            raise ValueError(f"levels = {self.levels} is of encoding int4, got encoding = {self.encoding}")
+        return self
 
 
 class AuditConfig(Section):

@@ -26,12 +26,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fednested_lib.adapter_spec import ENCODINGS, AdapterSpec, Encoding
+from fednested_lib.adapter_spec import ENCODINGS, INT4_LEVELS, AdapterSpec, Encoding
 from fednested_lib.errors import PayloadError
 from fednested_lib.fixed_a import fixed_rows
 from fednested_lib.rounding import pack_int4, packed_shapes, round_int8, unpack_int4
 
 _HEADER_BYTES_PER_TENSOR = 512  # a generous bound of one safetensors header entry
+_SMALL_BYTES = 1 << 16  # a millisecond of zstd's hardest work, which takes 3 % off so small a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def _sent_factors(spec: AdapterSpec) -> tuple[tuple[str, int], ...]:
     return (("lora_b", 1),) if spec.mode == "fixed_a" else (("lora_a", 2), ("lora_b", 1))
 
 
-def _encode_tensors(delta: Delta, encoding: str, seed: int) -> dict[str, np.ndarray]:
+def _encode_tensors(delta: Delta, encoding: str, seed: int, levels: int) -> dict[str, np.ndarray]:
     rng = np.random.Generator(np.random.Philox(key=seed))
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(delta.factors):
@@ -101,7 +102,7 @@ def _encode_tensors(delta: Delta, encoding: str, seed: int) -> dict[str, np.ndar
             if encoding == "int8":
                 tensors[key], tensors[f"{key}.scale"] = round_int8(values, axis, rng)
             elif encoding == "int4":
-                tensors[key], tensors[f"{key}.scale"] = pack_int4(values, axis, rng)
+                tensors[key], tensors[f"{key}.scale"] = pack_int4(values, axis, rng, levels)
             else:
                 tensors[key] = values.astype(np.float16) if encoding == "fp16" else values
     return tensors
@@ -116,13 +117,14 @@ def _check_fixed(spec: AdapterSpec, name: str, factors: ExpertFactors) -> None:
         )
 
 
-def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
+def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int, levels: int = INT4_LEVELS) -> bytes:
     """Write a delta as payload bytes; equal arguments give equal bytes.
 
     Args:
         delta: the factors, all finite.
         encoding: ``int8`` (default), ``int4``, ``fp16`` or ``fp32``.
         seed: 0 ≤ seed < 2**128, of the stochastic rounding; of the device's secret (`sidecar.py`).
+        levels: of int4, 2 to 7 on either side of zero: fewer err more and take fewer bytes.
 
     Raises:
         PayloadError: unknown encoding, non-finite values, or an A that is not the one of the seed.
@@ -134,7 +136,8 @@ def encode(delta: Delta, *, encoding: Encoding = "int8", seed: int) -> bytes:
         raise PayloadError(
             "bad_encoding", f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}: set outgoing.encoding"
         )
-    return bytes(cramjam.zstd.compress(save(_encode_tensors(delta, encoding, seed)), level=3))
+    raw = save(_encode_tensors(delta, encoding, seed, levels))
+    return bytes(cramjam.zstd.compress(raw, level=19 if len(raw) <= _SMALL_BYTES else 3))
 
 
 def _expected(

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fednested_lib.adapter_spec import MAX_RANK, AdapterSpec, Encoding
+from fednested_lib.adapter_spec import INT4_LEVELS, MAX_RANK, AdapterSpec, Encoding
 from fednested_lib.blobs import write_durable
 from fednested_lib.delta import Delta, ExpertFactors, decode, encode, squared_norm
 from fednested_lib.envelope import AdapterFields, Digest, Layer
@@ -162,8 +162,27 @@ def _negative(delta: Delta) -> Delta:
     return Delta(spec=delta.spec, factors=factors)
 
 
+def _with_even_peaks(delta: Delta) -> Delta:
+    """Return the same delta with max |a| = 1 in every row of A: scales that are all alike compress to nothing."""
+    factors = {}
+    for name, each in delta.factors.items():
+        peak = np.abs(each.lora_a).max(axis=2)
+        peak[peak == 0] = 1
+        factors[name] = ExpertFactors(
+            expert_ids=each.expert_ids, lora_a=each.lora_a / peak[:, :, None], lora_b=each.lora_b * peak[:, None, :]
+        )
+    return Delta(spec=delta.spec, factors=factors)
+
+
 def squeeze(
-    target: Delta, *, max_rank: int, mean_rank: float | None, encoding: Encoding, seed: int, feedback: bool
+    target: Delta,
+    *,
+    max_rank: int,
+    mean_rank: float | None,
+    encoding: Encoding,
+    levels: int = INT4_LEVELS,
+    seed: int,
+    feedback: bool,
 ) -> Squeezed:
     """Truncate, round and write what should leave; equal arguments give equal bytes.
 
@@ -172,6 +191,7 @@ def squeeze(
         max_rank: most columns of one expert, that of the adapter which was trained.
         mean_rank: columns per expert on average; None sends `max_rank`.
         encoding: of the payload.
+        levels: of int4.
         seed: of the stochastic rounding.
         feedback: whether to return what is lost.
     """
@@ -182,7 +202,9 @@ def squeeze(
         sent = truncated(target, max_rank)
     else:
         sent = _lengthened(shared_out(target, mean_rank, max_rank), _length(target))
-    payload = encode(sent, encoding=encoding, seed=seed)
+    if not fixed and encoding in ("int8", "int4"):
+        sent = _with_even_peaks(sent)
+    payload = encode(sent, encoding=encoding, seed=seed, levels=levels)
     residual = None
     if feedback:
         arrived = decode(payload, encoding=encoding, spec=sent.spec, expert_ids=_ids(sent), shapes=_shapes(sent))

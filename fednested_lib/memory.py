@@ -6,7 +6,8 @@
 they are held. `adapters` is their factors five times (gradient, two moments of AdamW, its scratch) and the table of
 tokens seen. `loading` is the core shard that is being read, twice. `step` is what a micro-batch keeps for the backward
 pass, per layer 16·N·D of norms and attention and 2·S·F of the experts, the working set of one layer, S·(4·D + 8·F), and
-the logits, 4·N·V. It errs on the high side; `device.memory_estimate` of the figures holds it to the measured peak.
+the logits, 4·N·V, and a tenth more for what the allocator cannot give back. It errs on the high side;
+`device.memory_estimate` of the figures holds it to the measured peak.
 
 N tokens of a micro-batch, S = N·top-k routed rows, D model, F hidden size of an expert, V vocabulary.
 """
@@ -91,7 +92,7 @@ def estimate(
         model=core + int(experts * _HELD[frozen]),
         adapters=5 * factors + sum(n_adapted.values()) * vocabulary,
         loading=2 * rest,
-        step=_FP32 * (kept + working + scratch),
+        step=_FP32 * (kept + working + scratch) * 11 // 10,
     )
 
 

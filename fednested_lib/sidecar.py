@@ -32,6 +32,7 @@ from typing import Protocol
 import numpy as np
 import structlog
 
+from fednested_lib.adapter_spec import INT4_LEVELS
 from fednested_lib.audit import AuditLog, Decision
 from fednested_lib.config import OutgoingConfig, Tier2Config
 from fednested_lib.delta import AdapterSpec, Delta, Encoding, ExpertFactors, squared_norm
@@ -130,6 +131,7 @@ def make_update(
     *,
     policy: Policy,
     encoding: Encoding,
+    levels: int = INT4_LEVELS,
     mean_rank: float | None = None,
     error_feedback: bool = False,
     carried: Delta | None = None,
@@ -158,6 +160,7 @@ def make_update(
         max_rank=declaration.adapter.rank,
         mean_rank=mean_rank,
         encoding=encoding,
+        levels=levels,
         seed=rounding_seed(signer.secret("rounding"), label),
         feedback=error_feedback,
     )
@@ -394,6 +397,7 @@ class Sidecar:
             delta,
             policy=self.policy,
             encoding=how.encoding,
+            levels=how.levels,
             mean_rank=how.mean_rank,
             error_feedback=how.error_feedback,
             carried=carried,

@@ -90,3 +90,26 @@ def test_how_experts_are_held(tmp_path, value, held):
     with pytest.raises(ConfigError, match="model.frozen = 'nf4'.*'fp32', 'bf16', 'int8' or 'int4'") as caught:
         load_tier2(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("outgoing", "problem"),
+    [
+        ("{encoding: int4, levels: 3}", None),
+        ("{encoding: int4, levels: 1}", "outgoing.levels = 1"),
+        ("{encoding: int4, levels: 8}", "outgoing.levels = 8"),
+        ("{encoding: int8, levels: 3}", "levels = 3 is of encoding int4, got encoding = int8"),
+        ("{encoding: int8, levels: 7}", None),
+    ],
+)
+def test_levels_are_of_int4(tmp_path, outgoing, problem):
+    """Fewer levels than there are, of an encoding that has none, are no silent default."""
+    path = tmp_path / "tier2.yaml"
+    example = TIER2_EXAMPLE.format(client_id="romeo", policy_key="0" * 64).replace('""', f'"{"0" * 64}"', 1)
+    lines = [line for line in example.splitlines(keepends=True) if not line.startswith("outgoing")]
+    path.write_text("".join(lines) + f"outgoing: {outgoing}\n")
+    if problem is None:
+        assert load_tier2(path).outgoing.levels == int(outgoing[-2])
+        return
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        load_tier2(path)

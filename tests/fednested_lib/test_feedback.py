@@ -108,6 +108,27 @@ def test_sent_and_residual_make_the_target(mode):
     assert np.linalg.norm(_dense(squeezed.residual)) > 0.02 * np.linalg.norm(_dense(target))
 
 
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_scales_of_a_cost_next_to_nothing(encoding):
+    """Every row of A that leaves peaks at one; the product is what it was, up to the rounding."""
+    ids, target = {0: IDS}, _delta(0)
+    how = {"max_rank": 4, "mean_rank": None, "encoding": encoding, "seed": 0, "feedback": False}
+    found = decode(squeeze(target, **how).payload, encoding=encoding, spec=target.spec, expert_ids=ids, shapes=SHAPES)
+    for name, each in found.factors.items():
+        peaks = np.abs(each.lora_a).max(axis=2)
+        np.testing.assert_allclose(peaks, 1, rtol=2**-7, err_msg=name)
+    assert np.linalg.norm(_dense(found) - _dense(target)) < 0.3 * np.linalg.norm(_dense(target))
+    zero = Delta(
+        spec=target.spec,
+        factors={
+            name: ExpertFactors(expert_ids=IDS, lora_a=0 * each.lora_a, lora_b=each.lora_b)
+            for name, each in target.factors.items()
+        },
+    )
+    found = decode(squeeze(zero, **how).payload, encoding=encoding, spec=zero.spec, expert_ids=ids, shapes=SHAPES)
+    assert not _dense(found).any()
+
+
 @pytest.mark.parametrize(("mode", "rank"), [("lora", None), ("lora", 2), ("fixed_a", 4)])
 def test_errors_of_a_base_do_not_add_up(mode, rank):
     """Over eight updates what arrived lacks of what was learnt one update's loss; without feedback far more."""

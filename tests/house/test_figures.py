@@ -74,6 +74,15 @@ def test_short_rows_fail_the_run_and_are_kept(bench, capsys: pytest.CaptureFixtu
     assert json.loads(bench.path.read_text())["topic.row"]["value"] == 11.0
 
 
+def test_a_short_row_of_another_class_fails_no_run_of_its_own_code(bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """A check that measures the quick rows is not stopped by a dear one that it did not measure, and shows it."""
+    rows = [_figure("a.quick"), _figure("b.dear", measure=lambda: 11.0, cls="full")]
+    assert bench(rows, "--class", "full") == 1
+    capsys.readouterr()
+    assert bench(rows, "--class", "quick") == 0
+    assert [" short " in line for line in capsys.readouterr().out.splitlines() if line.startswith("b.dear")] == [True]
+
+
 def test_a_row_that_raises_hides_no_other(bench, capsys: pytest.CaptureFixture[str]) -> None:
     """The rows after a broken one are measured, the broken one is an error, and the exit code says so."""
     rows = [_figure("a.broken", measure=lambda: 1 / 0), _figure("b.fine")]
