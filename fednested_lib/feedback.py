@@ -202,7 +202,7 @@ def squeeze(
         sent = truncated(target, max_rank)
     else:
         sent = _lengthened(shared_out(target, mean_rank, max_rank), _length(target))
-    if not fixed and encoding in ("int8", "int4"):
+    if sent is not target and encoding in ("int8", "int4"):  # factors that are not the trained ones any more
         sent = _with_even_peaks(sent)
     payload = encode(sent, encoding=encoding, seed=seed, levels=levels)
     residual = None
