@@ -33,8 +33,9 @@ def refused(path: str | os.PathLike, error: OSError, size_bytes: int) -> Storage
     )
 
 
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -66,7 +67,7 @@ def write_durable(path: str | os.PathLike, data: bytes) -> None:
         temporary = _write_temporary(path, data)
         failpoint("durable.before_rename")
         os.replace(temporary, path)
-        _fsync_directory(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         raise refused(path, error, len(data)) from error
 
@@ -89,7 +90,7 @@ def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
             return False
         finally:
             temporary.unlink(missing_ok=True)
-        _fsync_directory(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         raise refused(path, error, len(data)) from error
     return True

@@ -22,6 +22,7 @@ from fednested_lib.snapshot import encode_blob, expert_of, read_slice
 from tier1.aggregation.outer import step_slice
 from tier1.versions.settings import OuterSettings
 
+LARGEST = 1e30  # of one value: sums of runs stay within fp32
 Tensors = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -78,7 +79,7 @@ def fold_dense_blobs(
 
 
 def require_delta(delta: Mapping[str, str], shapes: Mapping[str, Shapes], archive: BlobStore) -> None:
-    """Check that one run's delta can be folded: all of it is there, fits the model and is finite.
+    """Check that one run's delta can be folded: all of it is there, fits the model and is within ±`LARGEST`.
 
     Args:
         delta: slice key → digest in `archive`.
@@ -86,14 +87,18 @@ def require_delta(delta: Mapping[str, str], shapes: Mapping[str, Shapes], archiv
         archive: holds the delta's blobs.
 
     Raises:
-        PayloadError: it does not fit, or is not finite.
+        PayloadError: it does not fit, or is not within ±`LARGEST`.
         SnapshotError: a blob is missing or corrupt.
     """
     _require_known(delta, shapes)
     for key, digest in sorted(delta.items()):
         arrays = read_slice(key, digest, archive)
         _require_shapes(key, shapes[key], arrays)
-        _finite(key, arrays)
+        for name, array in arrays.items():
+            if not (np.abs(array) <= LARGEST).all():
+                raise PayloadError(
+                    "non_finite", f"dense delta of {name} in slice {key} must be within ±{LARGEST:.0e}: train it again"
+                )
 
 
 def _require_known(keys: Iterable[str], known: Container[str]) -> None:

@@ -9,13 +9,14 @@ by slice in fp64, rounded to fp32 once: it stands in the manifest, is replayed, 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import PayloadError
 from fednested_lib.snapshot import encode_blob, read_slice
+from tier1.aggregation.dense import LARGEST
 
 
 def fold_fisher(
@@ -39,17 +40,17 @@ def fold_fisher(
         Slice key → digest; the parent's where no run has any.
 
     Raises:
-        PayloadError: a run's does not fit the model, or is not finite or negative.
+        PayloadError: a run's does not fit the model, or is not within the bounds.
         SnapshotError: a blob is missing or corrupt.
         StorageError: the store is full.
     """
     if not runs:
         return dict(parent)
     decay = sum(own for own, _ in runs) / len(runs)
-    keys = {key for _, fisher in runs for key in fisher}
-    _require_known(keys, weights)
+    for _, fisher in runs:
+        _require_whole(fisher, weights)
     folded = {}
-    for key in sorted({*keys, *parent}):
+    for key in sorted(weights):
         before = read_slice(key, parent[key], store) if key in parent else {}
         total = {name: decay * array.astype(np.float64) for name, array in before.items()}
         shapes = {name: array.shape for name, array in read_slice(key, weights[key], store).items()}
@@ -63,7 +64,7 @@ def fold_fisher(
 def require_fisher(
     fisher: Mapping[str, str], shapes: Mapping[str, Mapping[str, tuple[int, ...]]], archive: BlobStore
 ) -> None:
-    """Check that one run's Fisher information can be added: all of it is there, fits the model, is finite and ≥ 0.
+    """Check that one run's Fisher information can be added: none, or that of every slice, which fits, in 0..`LARGEST`.
 
     Args:
         fisher: slice key → digest in `archive`.
@@ -71,20 +72,20 @@ def require_fisher(
         archive: holds the run's blobs.
 
     Raises:
-        PayloadError: it does not fit the model, or is not finite or negative.
+        PayloadError: it does not fit the model, or is not within the bounds.
         SnapshotError: a blob is missing or corrupt.
     """
-    _require_known(fisher, shapes)
+    _require_whole(fisher, shapes)
     for key in sorted(fisher):
         _checked(key, fisher, shapes[key], archive)
 
 
-def _require_known(keys: Iterable[str], known: Container[str]) -> None:
-    unknown = sorted(key for key in keys if key not in known)
-    if unknown:
-        raise PayloadError(
-            "bad_tensors", f"Fisher information names slice {unknown[0][:120]!r}, which the model does not have"
-        )
+def _require_whole(fisher: Mapping[str, str], known: Iterable[str]) -> None:
+    """Refuse a part: a version that carries one cannot be read, and passes it on."""
+    odd = sorted(set(fisher) ^ set(known)) if fisher else []
+    if odd:
+        how = "names slice {!r}, which the model does not have" if odd[0] in fisher else "lacks slice {!r}"
+        raise PayloadError("bad_tensors", f"Fisher information {how.format(odd[0][:120])}: train the run again")
 
 
 def _checked(
@@ -96,8 +97,9 @@ def _checked(
     if {name: array.shape for name, array in found.items()} != shapes:
         raise PayloadError("bad_shape", f"Fisher information of slice {key} has other tensors or shapes than the model")
     for name, array in found.items():
-        if not (np.isfinite(array).all() and (array >= 0).all()):
+        if not ((array >= 0) & (array <= LARGEST)).all():
             raise PayloadError(
-                "non_finite", f"Fisher information of {name} in slice {key} must be finite and ≥ 0: train the run again"
+                "non_finite",
+                f"Fisher information of {name} in slice {key} must be in 0..{LARGEST:.0e}: train the run again",
             )
     return found

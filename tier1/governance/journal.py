@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fednested_lib.blobs import fsync_path
 from fednested_lib.errors import GovernanceError, StorageError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.signing import canonical_json
@@ -58,7 +59,7 @@ class Journal:
                 if records:
                     _write_all(file.fileno(), b"".join(canonical_json(record) + b"\n" for record in records))
             if created:
-                _sync_directory(self.path.parent)
+                fsync_path(self.path.parent)
         except OSError as error:
             raise _refused(self.path, error) from error
 
@@ -115,14 +116,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
         with contextlib.suppress(OSError):  # a half-written batch must not look like a whole one
             os.ftruncate(descriptor, before)
         raise
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refused(path: Path, error: OSError) -> StorageError:

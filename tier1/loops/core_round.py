@@ -13,7 +13,7 @@ Between rounds a cluster keeps its optimiser state and its place in the schedule
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -25,7 +25,7 @@ from tier1.federation import Federation
 from tier1.loops.records import CandidateRef
 from tier1.versions.candidates import save_candidate
 from tier1.versions.manifest import Candidate, DenseInput, Inputs
-from tier1.versions.state import ChainState, VersionView
+from tier1.versions.state import ChainState
 
 if TYPE_CHECKING:
     from tier1.training.checkpoint import Checkpoints, Found
@@ -45,6 +45,9 @@ def gather_round(
 ) -> list[DenseInput]:
     """Return the dense updates to fold with `own`, itself included; empty if another cluster folded it meanwhile.
 
+    Another cluster's that cannot be folded is waited for and left out as if it had not come. It stays on the log: it is
+    part of a later round, if its blobs come back.
+
     Args:
         fed: the federation of one cluster.
         own: what it has published.
@@ -53,16 +56,18 @@ def gather_round(
 
     Raises:
         TransportError: the log does not answer.
+        SnapshotError: a blob of head is missing or corrupt.
     """
     settings = fed.config.core.clusters
     if settings.count == 1:
         return [own]
-    deadline = clock() + settings.max_wait_s
+    deadline, others = clock() + settings.max_wait_s, _Others(fed)
     while True:
         state = fed.chain.state()
         if _alone(own) in state.spent:
             return []
-        found = {dense.update_id: dense for dense in (own, *waiting_updates(fed, state))}
+        waiting = [dense for dense in waiting_updates(fed, state) if dense.update_id != own.update_id]
+        found = {dense.update_id: dense for dense in (own, *filter(others.usable, waiting))}
         present = {dense.signer for dense in found.values()}
         if len(present) >= settings.count or clock() >= deadline:
             log.info("core_round.gathered", clusters=len(present), of=settings.count, updates=len(found))
@@ -94,72 +99,72 @@ def waiting_updates(fed: Federation, state: ChainState) -> list[DenseInput]:
 def fold_round(
     fed: Federation,
     updates: Sequence[DenseInput],
-    own: DenseInput,
     *,
     authorisation: str,
     lineage: Callable[[DenseInput], list[str]],
 ) -> Candidate:
-    """Fold the updates of a round into head, without those of other clusters that cannot be folded.
-
-    What is left out stays on the log: it is part of a later round, if its blobs come back.
+    """Fold the updates of a round into head.
 
     Args:
         fed: the federation of one cluster.
         updates: what `gather_round` returned.
-        own: what this cluster has published, one of them.
         authorisation: id of the grant to aggregate.
         lineage: returns the lineage records of one update.
 
     Raises:
-        PayloadError: `own` does not fit the model or is not finite, or the fold is not.
-        SnapshotError: a blob of `own` or of head is missing or corrupt.
+        PayloadError: the cluster's own update does not fit the model or is not finite, or the fold is not.
+        SnapshotError: a blob of it or of head is missing or corrupt.
     """
     from tier1.versions.build import fold_candidate
 
-    head = fed.chain.state().head
-
-    def fold(parts: Sequence[DenseInput]) -> Candidate:
-        return fold_candidate(
-            head,
-            Inputs.of_round(parts),
-            rates=fed.config.rates,
-            settings=fed.config.aggregation,
-            blobs=fed.blobs,
-            archive=fed.archive,
-            trainer=fed.config.identity.principal,
-            authorisation=authorisation,
-            lineage=[record for update in parts for record in lineage(update)],
-        )
-
-    try:
-        return fold(updates)
-    except (PayloadError, SnapshotError):  # another cluster's delta must not stop this one
-        usable = _usable_updates(fed, head, updates, own)
-        if len(usable) == len(updates):
-            raise
-        return fold(usable)
+    return fold_candidate(
+        fed.chain.state().head,
+        Inputs.of_round(updates),
+        rates=fed.config.rates,
+        settings=fed.config.aggregation,
+        blobs=fed.blobs,
+        archive=fed.archive,
+        trainer=fed.config.identity.principal,
+        authorisation=authorisation,
+        lineage=[record for update in updates for record in lineage(update)],
+    )
 
 
-def _usable_updates(
-    fed: Federation, parent: VersionView, updates: Sequence[DenseInput], own: DenseInput
-) -> list[DenseInput]:
-    from tier1.aggregation.dense import require_delta, shapes_of
-    from tier1.aggregation.fisher import require_fisher
+class _Others:
+    """What is known of other clusters' updates while one waits: each is read once."""
 
-    keys = {key for update in updates for key in (*update.blobs, *update.fisher)} & set(parent.blobs)
-    shapes = {key: shapes_of(read_slice(key, parent.blobs[key], fed.blobs)) for key in sorted(keys)}
-    found = []
-    for update in updates:
+    def __init__(self, fed: Federation):
+        self._fed, self._parent = fed, fed.chain.state().head
+        self._shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
+        self._known: dict[str, bool] = {}
+
+    def usable(self, update: DenseInput) -> bool:
+        """Say whether an update can be folded; the first time, say why it cannot."""
+        if update.update_id not in self._known:
+            self._known[update.update_id] = self._judged(update)
+        return self._known[update.update_id]
+
+    def _judged(self, update: DenseInput) -> bool:
+        from tier1.aggregation.dense import require_delta
+        from tier1.aggregation.fisher import require_fisher
+
+        shapes = self._shapes_of(self._parent.blobs if update.fisher else update.blobs)
         try:
-            require_delta(update.blobs, shapes, fed.archive)
-            require_fisher(update.fisher, shapes, fed.archive)
+            require_delta(update.blobs, shapes, self._fed.archive)
+            if update.fisher:
+                require_fisher(update.fisher, shapes, self._fed.archive)
         except (PayloadError, SnapshotError) as error:
-            if update.update_id == own.update_id:
-                raise
             log.warning("core_round.unusable", run=update.run_id, update_id=update.update_id, reason=str(error))
-            continue
-        found.append(update)
-    return found
+            return False
+        return True
+
+    def _shapes_of(self, keys: Iterable[str]) -> dict[str, Mapping[str, tuple[int, ...]]]:
+        """Return those of the slices that the model has; every version of a chain has the same."""
+        from tier1.aggregation.dense import shapes_of
+
+        for key in {*keys} & set(self._parent.blobs) - set(self._shapes):
+            self._shapes[key] = shapes_of(read_slice(key, self._parent.blobs[key], self._fed.blobs))
+        return self._shapes
 
 
 def folded_elsewhere(fed: Federation, own: DenseInput) -> CandidateRef:

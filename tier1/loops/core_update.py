@@ -306,6 +306,7 @@ def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[s
             "seed": core.seed,
             **_rows_read(fed),
             **_protection(fed),
+            **({"lora": canonical_json(core.lora.model_dump()).decode()} if core.lora else {}),
         },
         metrics={"tokens": float(update.tokens)},
         started_ms=started_ms,
@@ -357,9 +358,7 @@ def fold_dense(fed: Federation, ref: DenseRef) -> CandidateRef:
     updates = gather_round(fed, dense)
     if not updates:
         return folded_elsewhere(fed, dense)
-    candidate = fold_round(
-        fed, updates, dense, authorisation=grant.id, lineage=lambda update: _lineage(fed, update, receipt)
-    )
+    candidate = fold_round(fed, updates, authorisation=grant.id, lineage=lambda update: _lineage(fed, update, receipt))
     digest = save_candidate(fed.home, candidate)
     log.info("core_update.folded", candidate=digest, head=candidate.parent_version, base=dense.base_version)
     return candidate_ref(digest, candidate)

@@ -26,6 +26,10 @@ WEIGHTS, OPTIMIZER = "model.", "optimizer."
 class Backend(Protocol):
     """How one step is computed and where the weights live."""
 
+    @property
+    def memory_remedy(self) -> str:
+        """What holds less: the words of an error when weights or optimiser do not fit."""
+
     def prepare(self, model: nn.Module, settings: TrainSettings, family: str, ranks: Ranks) -> None:
         """Take the model over, the same on every rank; called once, before the first step."""
 
@@ -59,6 +63,8 @@ class Backend(Protocol):
 
 class TorchBackend:
     """Plain torch: every rank holds the whole model, which is trained in place; ``terms`` are added to the loss."""
+
+    memory_remedy = "cut weights and optimiser with core.deepspeed, core.deepspeed.offload"
 
     def __init__(self, terms: Sequence[Term] = ()):
         self._terms = tuple(terms)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, uint8
 
+from fednested_lib.blobs import fsync_path
 from fednested_lib.errors import StorageError, TrainingError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.signing import canonical_json
@@ -187,15 +188,10 @@ def _checked(header: dict) -> dict:
 def _write(target: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     save_file(dict(state), temporary, metadata=metadata)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    fsync_path(temporary)
     failpoint("checkpoint.before_rename")
     os.replace(temporary, target)
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    fsync_path(target.parent)
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:

@@ -37,6 +37,16 @@ class DeepSpeedBackend:
         self._moments = MOMENTS
 
     @property
+    def memory_remedy(self) -> str:
+        """What cuts or moves more of the weights and the optimiser than is now."""
+        stage, steps = self._chosen.zero_stage, []
+        if stage < 3:
+            steps.append(f"raise core.deepspeed.zero_stage (now {stage})")
+        if not self._chosen.offload:
+            steps.append("set core.deepspeed.offload to true")
+        return ", ".join(steps) or "train on GPUs with more memory"
+
+    @property
     def chosen(self) -> DeepSpeedSettings:
         """The layout."""
         return self._chosen

@@ -102,6 +102,12 @@ class LoraBackend(TorchBackend):
         self._optimizer = torch.optim.AdamW(groups, betas=ADAM_BETAS, weight_decay=settings.weight_decay)
 
     @property
+    def memory_remedy(self) -> str:
+        """What holds less of a frozen model: DeepSpeed does not go with low rank."""
+        smaller = "lower core.lora.rank or name fewer core.lora.targets"
+        return smaller if self._lora.quantize == "int4" else f"set core.lora.quantize to int4, {smaller}"
+
+    @property
     def settings(self) -> LoraSettings:
         """What is trained in place of the weights."""
         return self._lora

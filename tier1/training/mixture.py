@@ -68,4 +68,4 @@ def turns(weights: list[float]) -> Iterator[int]:
 def _cycled(rows: range, seed: np.random.SeedSequence) -> Iterator[int]:
     rng = np.random.Generator(np.random.Philox(seed))
     while True:
-        yield from (rows.start + rng.permutation(len(rows))).tolist()
+        yield from (rows.start + int(row) for row in rng.permutation(len(rows)))

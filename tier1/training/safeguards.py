@@ -137,19 +137,22 @@ def periods_of(
         shares = routed_shares(base, memory.rows, end)
         if ranks.rank == 0:
             _say_frozen(shares, safeguards.freeze.share)
-        for name, parameter in base.named_parameters():
-            if group_of(name, family) == "experts":
-                own = periods.get(name, 1)
-                own = list(own) if isinstance(own, Sequence) else [own] * len(parameter)
-                needed = shares[expert_param(name)[0]] >= safeguards.freeze.share
-                periods[name] = [None if frozen else period for frozen, period in zip(needed, own, strict=True)]
+        experts = {name: each for name, each in base.named_parameters() if group_of(name, family) == "experts"}
+        # A dense layer has no row: what the shares number is the layers that have experts.
+        row_of = {layer: row for row, layer in enumerate(sorted({expert_param(name)[0] for name in experts}))}
+        for name, parameter in experts.items():
+            own = periods.get(name, 1)
+            own = list(own) if isinstance(own, Sequence) else [own] * len(parameter)
+            needed = shares[row_of[expert_param(name)[0]]] >= safeguards.freeze.share
+            periods[name] = [None if frozen else period for frozen, period in zip(needed, own, strict=True)]
     return periods
 
 
 def _say_frozen(shares: np.ndarray, bound: float) -> None:
     frozen = int((shares >= bound).sum())
     say = log.info if frozen else log.warning
-    say("core.experts_frozen", frozen=frozen, experts=shares.size, share=bound, largest_share=round(shares.max(), 3))
+    largest = round(float(shares.max()), 3)
+    say("core.experts_frozen", frozen=frozen, experts=shares.size, share=bound, largest_share=largest)
 
 
 class Rehearsal:
@@ -297,14 +300,15 @@ def fisher_diagonal(
 
 
 def routed_shares(model: nn.Module, rows: np.ndarray, end: int | None = None, batch_rows: int = 32) -> np.ndarray:
-    """Return [layers, E]: which share of the rows' token assignments goes to each expert; a layer's sum is 1."""
+    """Return [layers with experts, E]: the share of the rows' token assignments that each expert has; rows sum to 1."""
     top_k, counts = model.config.num_experts_per_tok, 0
     was_training = model.training
     model.eval()
     with deterministic(), torch.inference_mode():
         for start in range(0, len(rows), batch_rows):
             batch = torch.from_numpy(rows[start : start + batch_rows, :-1].astype(np.int64)).to(model.device)
-            layers = model(**_read(batch, end), output_router_logits=True, use_cache=False).router_logits
+            read = {**_read(batch, end), "output_router_logits": True, "use_cache": False}
+            layers = model(**read, logits_to_keep=1).router_logits
             chosen = [logits.softmax(-1).topk(top_k, -1).indices.flatten() for logits in layers]
             counts = counts + torch.stack([e.bincount(minlength=layers[0].shape[-1]) for e in chosen]).cpu()
     model.train(was_training)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 PIECE_BYTES = 4 << 20
-MAX_PIECE_ROWS = 65_536
+MAX_PIECE_ROWS = 4096  # however small they are encoded: a dictionary has a long text once
 COLUMNS = (("text",), ("prompt", "completion"))
 _REMEDY = 'give one {"text": …} or {"prompt": …, "completion": …} per line'
 
@@ -200,13 +200,24 @@ def _batches(path: Path) -> Iterator[Rows]:
                 sizes = file.metadata.row_group(group)
                 n_rows = max(1, min(MAX_PIECE_ROWS, PIECE_BYTES * sizes.num_rows // max(1, sizes.total_byte_size)))
                 for batch in file.iter_batches(n_rows, row_groups=[group], columns=columns, use_threads=False):
-                    yield Rows(path=path, batch=_as_bytes(batch), first=first)
-                    first += batch.num_rows
+                    for piece in _halved(_as_bytes(batch)):
+                        yield Rows(path=path, batch=piece, first=first)
+                        first += piece.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"data file {path} cannot be read as Parquet after row {first - 1} ({type(error).__name__}): "
             "write it again, or name JSONL files .jsonl"
         ) from error
+
+
+def _halved(batch: RecordBatch) -> Iterator[RecordBatch]:
+    """Cut rows that are more than a piece holds."""
+    if batch.nbytes <= PIECE_BYTES or batch.num_rows < 2:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _halved(batch.slice(0, half))
+    yield from _halved(batch.slice(half))
 
 
 def _columns_of(path: Path, file: ParquetFile) -> list[str]:

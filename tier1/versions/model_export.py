@@ -13,13 +13,25 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fednested_lib.blobs import BlobStore
+from fednested_lib.blobs import BlobStore, fsync_path
 from fednested_lib.errors import ConfigError, StorageError
 from fednested_lib.signing import canonical_json
 from fednested_lib.snapshot import build_model
+from fednested_lib.text import END_OF_TEXT, load_tokenizer
 from tier1.versions.state import VersionView
 
 ABOUT_FILE = "fednested.json"
+
+
+def tokenizer_files(tokenizer: bytes) -> dict[str, bytes]:
+    """Return file name → bytes for `AutoTokenizer` of transformers.
+
+    A family's own tokenizer class would cut text otherwise than `tokenizer.json`: the general one is named.
+    """
+    read = load_tokenizer(tokenizer)
+    ends = [token for token in END_OF_TEXT if read.token_to_id(token) is not None]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **({"eos_token": ends[0]} if ends else {})}
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": canonical_json(config)}
 
 
 def export_model(view: VersionView, blobs: BlobStore, directory: Path, *, shard_gb: float = 5.0) -> None:
@@ -43,12 +55,13 @@ def export_model(view: VersionView, blobs: BlobStore, directory: Path, *, shard_
     about = {"version": view.version, "entry": view.digest, "base_digest": view.base_digest}
     try:
         model.save_pretrained(unfinished, max_shard_size=int(shard_gb * 1e9))
-        (unfinished / "tokenizer.json").write_bytes(blobs.get(view.tokenizer))
+        for name, data in tokenizer_files(blobs.get(view.tokenizer)).items():
+            (unfinished / name).write_bytes(data)
         (unfinished / ABOUT_FILE).write_bytes(canonical_json(about))
-        for path in unfinished.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in (*unfinished.iterdir(), unfinished):
+            fsync_path(path)
         os.rename(unfinished, directory)
+        fsync_path(directory.parent)
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise StorageError(f"cannot write {directory} ({reason}): free space or fix its permissions") from error

@@ -133,7 +133,26 @@ def test_half_precision_deltas_take_half_the_bytes(tmp_path):
             np.testing.assert_allclose(heads[1][key][name], array, atol=2e-5)
 
 
-@pytest.mark.parametrize("damage", ["lost", "shape", "fisher"])
+def test_an_unusable_delta_is_no_reason_to_wait_no_longer(tmp_path):
+    """A cluster whose delta is lost is waited for like one that sent none; it is said once, not at every look."""
+    first, second = make_clusters(tmp_path)
+    published(first, "a")
+    (bad,) = waiting_updates(first, first.chain.state())
+    Path(first.archive.location(next(iter(bad.blobs.values())))).unlink()
+    published(second, "b")
+    (own,) = (dense for dense in waiting_updates(second, second.chain.state()) if dense.run_id == "b")
+    seconds = [0.0]
+
+    def sleep(duration: float) -> None:
+        seconds[0] += duration
+
+    with capture_logs() as logs:
+        assert gather_round(second, own, clock=lambda: seconds[0], sleep=sleep) == [own]
+    assert seconds[0] >= CLUSTERS["max_wait_s"]
+    assert [entry["run"] for entry in logs if entry["event"] == "core_round.unusable"] == ["a"]
+
+
+@pytest.mark.parametrize("damage", ["lost", "shape", "huge", "fisher", "part of a fisher"])
 def test_an_unusable_delta_of_another_cluster_stops_nobody(tmp_path, damage):
     """What one cluster's delta lacks in the archive is said and left out; the others' round is folded without it."""
     first, second = make_clusters(tmp_path)
@@ -143,9 +162,16 @@ def test_an_unusable_delta_of_another_cluster_stops_nobody(tmp_path, damage):
     if damage == "lost":
         Path(first.archive.location(digest)).unlink()
     else:
-        wrong = first.archive.put(encode_blob({"weight": np.full(3, -1.0, np.float32)}))
+        arrays = {name: np.zeros(each.shape) for name, each in decode_blob(first.archive.get(digest)).items()}
+        arrays = {
+            "shape": {"weight": np.full(3, -1.0, np.float32)},
+            "huge": {name: each + 1e300 for name, each in arrays.items()},
+            "fisher": {name: each - 1 for name, each in arrays.items()},
+            "part of a fisher": arrays,
+        }[damage]
+        wrong = first.archive.put(encode_blob(arrays))
         fields = bad.model_dump(include=set(DenseUpdate.model_fields) - {"update_id", "signer", "signature", "format"})
-        fields |= {"fisher": {key: wrong}} if damage == "fisher" else {"blobs": {**bad.blobs, key: wrong}}
+        fields |= {"fisher": {key: wrong}} if "fisher" in damage else {"blobs": {**bad.blobs, key: wrong}}
         first.log.append(DENSE, key=b"bad", value=make_dense(first.signer, **fields).to_bytes(), headers={})
     with capture_logs() as logs:
         assert settled(with_clusters(second, max_wait_s=0.0), published(second, "b")).version == 1

@@ -6,16 +6,19 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fednested_lib.errors import ChainError, ConfigError, SnapshotError, StorageError
 from fednested_lib.snapshot import read_state_dict
+from fednested_lib.text import end_of_text_id, load_tokenizer
 from tests.federation import make_federation
 from tier1 import commands
 from tier1.loops.export_version import export_version
 from tier1.loops.genesis import ensure_genesis
 from tier1.training.model import pretrained_model, pretrained_tokenizer
+from tier1.training.tokenizer import train_tokenizer
+from tier1.versions.model_export import tokenizer_files
 
 
 @pytest.fixture
@@ -42,6 +45,21 @@ def test_transformers_reads_the_bits_of_the_version(fed, tmp_path):
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     assert (tmp_path / "many" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_transformers_cuts_text_as_the_version_was_trained(tmp_path, family):
+    """Some families have a tokenizer class that cuts digits and accents otherwise than `tokenizer.json` says."""
+    texts = [
+        f"call {7919 * n % 10_000} or {104_729 * n % 100_000}, it's cafe\u0301 {n:02}:{n:02} " for n in range(60)
+    ] * 5
+    tokenizer = train_tokenizer(texts, 400)
+    for name, data in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    read, ours = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True), load_tokenizer(tokenizer)
+    assert read(texts[0], add_special_tokens=False)["input_ids"] == ours.encode(texts[0], add_special_tokens=False).ids
+    assert (read.eos_token_id, len(read)) == (end_of_text_id(ours), ours.get_vocab_size())
 
 
 def test_the_command_writes_the_champion(fed, tmp_path, monkeypatch):

@@ -84,6 +84,14 @@ def test_a_mixture_is_recorded(tmp_path):
     assert '{"prose":0.25,"verse":0.75}' in lineage
 
 
+def test_low_rank_is_recorded(tmp_path):
+    """Guards that lineage tells what was trained in place of the weights, and how these were held."""
+    fed = open_federation(workspace(tmp_path, lora={"rank": 2, "quantize": "int4"}))
+    trained(fed, "run")
+    lineage = next(fed.home.rglob("lineage.jsonl")).read_text().replace("\\", "")
+    assert '"quantize":"int4","rank":2' in lineage
+
+
 def test_a_run_without_either_is_what_it_was(tmp_path, monkeypatch):
     """Guards upgrades: a checkpoint from before there were such settings names neither, and is this run's."""
     fed = open_federation(workspace(tmp_path))

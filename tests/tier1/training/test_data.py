@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from tier1.training.data import SET_ASIDE_FILE, prepare_dataset
 from tier1.training.duplicates import Seen, digests_of
 from tier1.training.pieces import encode_pieces, validate
 from tier1.training.rows import RowWriter
-from tier1.training.sources import Source, see
+from tier1.training.sources import PIECE_BYTES, Source, _batches, see
 
 
 def rows_of(texts):
@@ -201,6 +202,19 @@ def test_parquet_gives_the_rows_of_the_same_jsonl(tmp_path, write_jsonl, tokeniz
     aside = [(tmp_path / name / "set_aside.jsonl").read_text(encoding="utf-8") for name in ("p", "j")]
     assert aside[0] == aside[1].replace("a.jsonl", "a.parquet")
     assert one.n_set_aside == 3
+
+
+def test_a_text_that_parquet_holds_once_is_cut_like_many(tmp_path):
+    """Guards memory: a small file of one long text many times is read in pieces of what it is, not of what it takes."""
+    text = "a long text " * 2000
+    path = write_parquet(tmp_path / "a.parquet", {"text": [text] * 3000}, use_dictionary=True)
+    assert path.stat().st_size < 1 << 20
+    pieces = list(_batches(path))
+    assert max(piece.batch.nbytes for piece in pieces) <= PIECE_BYTES
+    assert [piece.first for piece in pieces] == list(
+        itertools.accumulate((piece.batch.num_rows for piece in pieces[:-1]), initial=1)
+    )
+    assert sum(piece.batch.num_rows for piece in pieces) == 3000
 
 
 def test_parquet_of_prompts_and_of_bytes_that_are_no_text(tmp_path, tokenizer):

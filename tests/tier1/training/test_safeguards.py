@@ -272,6 +272,23 @@ def test_a_share_that_freezes_nobody_is_said(base, share, level):
     assert said["largest_share"] == pytest.approx(shares.max(), abs=5e-4)
 
 
+def test_experts_are_frozen_where_other_layers_are_dense():
+    """Guards the numbering: what is known of routing is of the layers that have experts, whichever these are."""
+    config = {
+        "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16,
+        "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 1, "vocab_size": 160, "mlp_only_layers": [0],
+    }  # fmt: skip
+    model = initial_model("qwen3_moe", config, 0)
+    shares = routed_shares(model, OLD)
+    bound = float(np.median(shares))
+    periods = periods_of(Safeguards(freeze=Freeze(share=bound)), Memory(rows=OLD), model, "qwen3_moe")
+    assert shares.shape == (2, 4)
+    for row, layer in enumerate((1, 2)):
+        stays = [period is None for period in periods[f"model.layers.{layer}.mlp.experts.down_proj"]]
+        assert stays == list(shares[row] >= bound)
+
+
 def test_a_slow_group_moves_at_its_steps_by_the_mean_of_their_gradients(small_mixtral, memory):
     """Guards the frequency: a router of period 3 rests at steps 1, 2, 4, 5 and moves at 3 and 6; expert 1 likewise."""
     seen = []

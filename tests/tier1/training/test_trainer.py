@@ -8,6 +8,10 @@ import torch
 
 from fednested_lib.errors import DataError, PartitionError, TrainingError
 from tier1.training.backends import TorchBackend, parameter_groups
+from tier1.training.deepspeed_backend import DeepSpeedBackend
+from tier1.training.deepspeed_config import DeepSpeedSettings
+from tier1.training.lora import LoraBackend
+from tier1.training.lora_settings import LoraSettings
 from tier1.training.loss import balancing_loss
 from tier1.training.meter import active_parameters
 from tier1.training.model import initial_model
@@ -201,6 +205,17 @@ def test_too_little_memory_before_the_first_step_is_told_too(small_mixtral, erro
     model = initial_model("mixtral", small_mixtral, 0)
     with pytest.raises(TrainingError, match=r"not suffice before the first step: cut weights .* core\.deepspeed"):
         train(model, ROWS, settings(), family="mixtral", backend=Large())
+
+
+def test_the_remedy_for_memory_is_one_that_goes_with_the_run():
+    """Guards against advice that the configuration refuses: low rank and DeepSpeed do not go together."""
+    lora, sharded = (lambda **s: LoraBackend(LoraSettings(**s))), (lambda **s: DeepSpeedBackend(DeepSpeedSettings(**s)))
+    assert lora().memory_remedy.startswith("set core.lora.quantize to int4")
+    assert lora(quantize="int4").memory_remedy == "lower core.lora.rank or name fewer core.lora.targets"
+    assert sharded(zero_stage=1).memory_remedy == (
+        "raise core.deepspeed.zero_stage (now 1), set core.deepspeed.offload to true"
+    )
+    assert sharded(zero_stage=3, offload=True).memory_remedy == "train on GPUs with more memory"
 
 
 def test_an_allocation_that_the_cpu_refuses_is_too_little_memory(small_mixtral):
