@@ -36,6 +36,7 @@ KINDS = (
 )
 CANARIES = {kind: f"Kanarie{i:02d}{kind.replace('-', '')}Zq7x" for i, kind in enumerate(KINDS)}
 DEPTH = 3
+RANK = 12  # of adapters: their payloads are too large for the log itself
 
 
 @functools.cache
@@ -171,7 +172,7 @@ def _write_device(directory: Path, tier1) -> Path:
         rows = (json.dumps({"text": f"{CANARIES[kind]} {_babble(rng)} {CANARIES[kind]}"}) for _ in range(60))
         (place / f"{CANARIES['file']}-{kind}.jsonl").write_text("\n".join(rows))
     Signer.generate().save(place / f"{CANARIES['key-file']}.key")
-    write_text_policy(place / "policy.yaml", comment=CANARIES["policy-comment"])
+    write_text_policy(place / "policy.yaml", comment=CANARIES["policy-comment"], rank=RANK)
     home = place / CANARIES["home"]
     (home / "spool").mkdir(parents=True)
     for name in (f"{CANARIES['spool']}.json", f"{CANARIES['spool']}.factors", "000000000099.factors"):
@@ -184,6 +185,7 @@ def _write_device(directory: Path, tier1) -> Path:
         f"blobs_uri: {tier1.home / 'blobs'}\npayloads_uri: {tier1.home / 'payloads'}\n"
         f"control: {{public_key: '{tier1.signer.public_key}', poll_s: 0.05}}\n"
         f"policy: {{file: policy.yaml, public_key: '{SITE.public_key}'}}\n"
+        f"adapters: {{rank: {RANK}, alpha: {2.0 * RANK}}}\n"
         "training: {steps: 4, batch_size: 4, seq_len: 32, max_updates: 3, updates_per_base: 3}\n"
     )
     return path

@@ -20,9 +20,10 @@ def make_policy(**changes) -> Policy:
     return Policy.model_validate({**example, **OPEN, **changes})
 
 
-def write_text_policy(path: Path, *, comment: str) -> None:
-    """Write and sign the example with a comment at its top."""
-    path.write_text(f"# {comment}\n{EXAMPLE.format(federation='fednested')}")
+def write_text_policy(path: Path, *, comment: str, rank: int) -> None:
+    """Write and sign the example with a comment at its top, for adapters of a rank."""
+    text = EXAMPLE.format(federation="fednested").replace("rank: 8, alpha: 16.0", f"rank: {rank}, alpha: {2.0 * rank}")
+    path.write_text(f"# {comment}\n{text}")
     sign_policy(path, SITE)
 
 
