@@ -12,14 +12,18 @@ Between rounds a cluster keeps its optimiser state and its place in the schedule
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
-from fednested_lib.errors import EnvelopeError, PayloadError, SnapshotError
+from fednested_lib.blobs import write_durable
+from fednested_lib.errors import EnvelopeError, PayloadError, SnapshotError, TrainingError
 from fednested_lib.log import DENSE
+from fednested_lib.signing import canonical_json
 from fednested_lib.snapshot import read_slice
 from tier1.federation import Federation
 from tier1.loops.records import CandidateRef
@@ -185,13 +189,43 @@ def _alone(dense: DenseInput) -> str:
     return Inputs(dense=dense).id()
 
 
-def last_state(fed: Federation) -> Found | None:
+def last_state(fed: Federation, step: int | None = None) -> Found | None:
     """Return where this cluster's schedule stands and its optimiser state; None: at the beginning.
 
+    Args:
+        fed: the federation of one cluster.
+        step: where it stood then; None: now. The state before the last is kept too.
+
     Raises:
-        TrainingError: the state under this key is of another federation.
+        TrainingError: the state under this key is of another federation, or that of ``step`` is not kept any more.
     """
-    return None if fed.config.core.schedule_steps is None else _kept(fed).newest()
+    if fed.config.core.schedule_steps is None or step == 0:
+        return None
+    found = _kept(fed).newest(step)
+    if found is None and step is not None:
+        raise TrainingError(
+            f"the run began at step {step} of the schedule, whose state is not in {_kept(fed).directory} any more: "
+            "other runs of this cluster have gone on; train under another run name"
+        )
+    return found
+
+
+def begin_schedule(fed: Federation, begun: Path) -> Found | None:
+    """Return what a run goes on from, which its retries keep: what is newest then may be its own.
+
+    Args:
+        fed: the federation of one cluster.
+        begun: file of the run, JSON, in which the step of the schedule is written down.
+
+    Raises:
+        TrainingError: see `last_state`.
+        StorageError: the disk is full.
+    """
+    record = json.loads(begun.read_bytes())
+    found = last_state(fed, record.get("first_step"))
+    if fed.config.core.schedule_steps is not None:
+        write_durable(begun, canonical_json(record | {"first_step": found.progress.step if found else 0}))
+    return found
 
 
 def keep_state(fed: Federation, delta: DenseDelta) -> None:

@@ -25,7 +25,14 @@ from fednested_lib.failpoints import failpoint
 from fednested_lib.log import DENSE
 from fednested_lib.signing import canonical_json, sha256_hex
 from tier1.federation import Federation
-from tier1.loops.core_round import candidate_ref, fold_round, folded_elsewhere, gather_round, keep_state, last_state
+from tier1.loops.core_round import (
+    begin_schedule,
+    candidate_ref,
+    fold_round,
+    folded_elsewhere,
+    gather_round,
+    keep_state,
+)
 from tier1.loops.genesis import ensure_genesis
 from tier1.loops.memory import authorise_datasets, chosen_safeguards, memory_of, rehearsed_datasets
 from tier1.loops.records import CandidateRef, DenseRef, PackedData, TrainingGrant
@@ -154,7 +161,7 @@ def _train(
 
     core, base = fed.config.core, fed.chain.state().versions[base_version]
     before: list[Found | None] = []  # rank 0 alone has it
-    first = ranks.first(lambda: _begin(fed, before))
+    first = ranks.first(lambda: _begin(fed, run_id, before))
     settings = TrainSettings(
         steps=core.schedule_steps or core.steps,
         first_step=first,
@@ -208,9 +215,9 @@ def _train(
     return delta
 
 
-def _begin(fed: Federation, before: list[Found | None]) -> int:
+def _begin(fed: Federation, run_id: str, before: list[Found | None]) -> int:
     """Read what this cluster's run before has kept into `before` and return the step that it ended with."""
-    before.append(last_state(fed))
+    before.append(begin_schedule(fed, _run_path(fed, run_id, ".base.json")))
     return before[0].progress.step if before[0] else 0
 
 
@@ -254,7 +261,7 @@ def _metrics(fed: Federation, run_id: str) -> StepMetrics | None:
 
 
 def _keep(fed: Federation, delta: DenseDelta, base_version: int, run_id: str, started_ms: int) -> None:
-    """Sign and write down what was trained; from here on the run needs no checkpoint."""
+    """Sign and write down what was trained, once what the next run goes on from is kept."""
     base = fed.chain.state().versions[base_version]
     update = make_dense(
         fed.signer,
@@ -270,14 +277,14 @@ def _keep(fed: Federation, delta: DenseDelta, base_version: int, run_id: str, st
         fisher_decay=delta.fisher_decay,
     )
     record = {"update": update.model_dump(mode="json"), "lineage": _record_run(fed, update, started_ms)}
-    write_durable(_run_path(fed, run_id, ".json"), canonical_json(record))
     keep_state(fed, delta)
-    shutil.rmtree(_run_path(fed, run_id, ".checkpoints"), ignore_errors=True)
+    write_durable(_run_path(fed, run_id, ".json"), canonical_json(record))
     failpoint("core.after_training")
 
 
 def _publish(fed: Federation, run_id: str) -> DenseRef:
     done = json.loads(_run_path(fed, run_id, ".json").read_bytes())
+    shutil.rmtree(_run_path(fed, run_id, ".checkpoints"), ignore_errors=True)  # from here on the run needs none
     update = DenseUpdate.model_validate(done["update"])
     if not _dense_path(fed, update.update_id).exists():
         partition, offset = fed.log.append(DENSE, key=run_id.encode(), value=update.to_bytes(), headers={})

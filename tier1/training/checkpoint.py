@@ -80,22 +80,27 @@ class Checkpoints:
     run: Mapping[str, Any] = field(default_factory=dict)
     mirror: Mirror | None = None
 
-    def newest(self) -> Found | None:
+    def newest(self, step: int | None = None) -> Found | None:
         """Return the newest checkpoint that is whole and of this run; every newer one is refused by name.
+
+        Args:
+            step: Only that of this step; None: of any.
 
         Raises:
             TrainingError: There are whole checkpoints, but all of another run.
         """
-        found = self._newest()
+        found = self._newest(step)
         if found is None and self.mirror:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.mirror.restore(self.directory)
-            found = self._newest()
+            found = self._newest(step)
         return found
 
-    def _newest(self) -> Found | None:
+    def _newest(self, step: int | None) -> Found | None:
         foreign = None
         headers = {name: header for name, header in self._headers().items() if header}
+        if step is not None:
+            headers = {name: header for name, header in headers.items() if header["progress"]["step"] == step}
         for name in sorted(headers, key=lambda name: -headers[name]["progress"]["step"]):
             header = headers[name]
             difference = self._difference(header["run"])
@@ -109,13 +114,13 @@ class Checkpoints:
         return None
 
     def save(self, progress: Progress, state: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint over the older one.
+        """Write a checkpoint over the older one, or over the one of the same step.
 
         Raises:
             StorageError: The disk is full or refuses; the newest checkpoint is as it was.
         """
         steps = {name: self._worth(header) for name, header in self._headers().items()}
-        target = self.directory / min(SLOTS, key=lambda name: steps[name])
+        target = self.directory / min(SLOTS, key=lambda name: (steps[name] != progress.step, steps[name]))
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         header = {"format": FORMAT, "progress": asdict(progress), "run": self.run, "tensors": digest_of(state)}
         try:

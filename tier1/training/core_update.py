@@ -37,7 +37,7 @@ from tier1.training.safeguarded import safeguarded
 from tier1.training.safeguards import Memory, Safeguards, fisher_diagonal
 from tier1.training.settings import TrainSettings
 from tier1.training.step_metrics import StepMetrics
-from tier1.training.trainer import OnStep, TrainReport, dense_delta, train
+from tier1.training.trainer import OnStep, TrainReport, dense_delta, memory_named, train
 
 log = structlog.get_logger()
 
@@ -111,7 +111,8 @@ def train_core_update(
 
     Raises:
         SnapshotError: A blob of ``base`` is missing or corrupt.
-        TrainingError: Loss or gradient is not finite, or the checkpoints are another run's; no delta is stored.
+        TrainingError: Loss or gradient is not finite, memory does not suffice, or the checkpoints are another run's;
+            no delta is stored.
         StorageError: ``deltas``, or a checkpoint, cannot be written.
         ConfigError: The batch does not divide among the ranks, or ``backend`` does not go with the safeguards.
         TransportError: Another rank is gone.
@@ -140,6 +141,8 @@ def train_core_update(
     )
     after = backend.state_dict()
     exact = backend.delta() if isinstance(backend, LoraBackend) else {}
+    with memory_named("for the Fisher information of core.safeguards.ewc", ranks, backend.memory_remedy):
+        fisher = _fisher(base, snapshots, after, dataset, settings, safeguards, ranks, deltas)
     blobs = ranks.first(lambda: _store(base, read_state_dict(base, snapshots), after, exact, deltas, dtype))
     return DenseDelta(
         base_version=base.version,
@@ -149,7 +152,7 @@ def train_core_update(
         report=report,
         last_step=settings.end,
         state=backend.training_state() if keep_state else None,
-        **_fisher(base, snapshots, after, dataset, settings, safeguards, ranks, deltas),
+        **fisher,
     )
 
 
@@ -167,7 +170,8 @@ def _fisher(
     if not (safeguards and safeguards.ewc):
         return {}
     model = build_model(base, snapshots).to(ranks.device)  # an engine may have cut the one that was trained
-    model.load_state_dict(after)
+    missing, _ = model.load_state_dict(after, strict=False)  # DeepSpeed names tied weights once
+    assert not set(missing) & dict(model.named_parameters()).keys(), "the state has every weight"
     tokens = dataset.tokens()
     rows = tokens[evenly_spaced(len(tokens), safeguards.ewc.rows)]
     own = fisher_diagonal(model, rows, ranks, settings.document_end)

@@ -97,7 +97,7 @@ def train(
     backend, meter = backend or TorchBackend(), Meter(model, family, ranks, metrics and metrics.peak_flops)
     recorder = StepRecorder(metrics, model, meter, ranks)
     progress = Progress(step=settings.first_step)
-    with _memory_named("before the first step", ranks, backend.memory_remedy):
+    with memory_named("before the first step", ranks, backend.memory_remedy):
         backend.prepare(model, settings, family, ranks)
         if settings.first_step:
             _continue(backend, ranks, moments)
@@ -108,7 +108,7 @@ def train(
             torch.manual_seed(_seed_of(settings.seed, step, ranks.rank))
             rows = torch.from_numpy(tokens[chosen[share]].astype(np.int64))
             recorder.before(step)
-            with _memory_named(*_at(step, settings, ranks, backend)):
+            with memory_named(*_at(step, settings, ranks, backend)):
                 loss = backend.step(rows, rate=settings.factor(step))
             if not math.isfinite(loss):
                 raise TrainingError(_not_finite(step, chosen, settings, checkpoints))
@@ -190,7 +190,7 @@ def _not_finite(step: int, chosen: np.ndarray, settings: TrainSettings, checkpoi
 
 
 @contextmanager
-def _memory_named(when: str, ranks: Ranks, remedy: str) -> Iterator[None]:
+def memory_named(when: str, ranks: Ranks, remedy: str) -> Iterator[None]:
     """Say what to do where memory does not suffice."""
     try:
         yield
@@ -205,7 +205,7 @@ def _memory_named(when: str, ranks: Ranks, remedy: str) -> Iterator[None]:
 
 
 def _at(step: int, settings: TrainSettings, ranks: Ranks, backend: Backend) -> tuple[str, Ranks, str]:
-    """Return what `_memory_named` says of a step: the micro-batch to try."""
+    """Return what `memory_named` says of a step: the micro-batch to try."""
     rows = settings.rows_per_pass(ranks.world_size)
     smaller = [k for k in range(1, rows) if settings.batch_size // ranks.world_size % k == 0]
     remedy = f"set core.micro_batch to {smaller[-1]}" if smaller else backend.memory_remedy

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +8,19 @@ import pytest
 import yaml
 from structlog.testing import capture_logs
 
-from fednested_lib.errors import SnapshotError
+from fednested_lib.blobs import write_durable
+from fednested_lib.errors import SnapshotError, StorageError, TrainingError
 from fednested_lib.log import DENSE
 from fednested_lib.signing import Signer
 from fednested_lib.snapshot import decode_blob, encode_blob
 from tests.federation import make_workspace
 from tier1.federation import Federation, open_federation
+from tier1.loops import core_update
 from tier1.loops.core_round import POLL_S, gather_round, last_state, waiting_updates
 from tier1.loops.core_update import authorise_training, fold_dense, pack_datasets, train_delta
 from tier1.loops.evaluate_and_promote import settle_candidate
 from tier1.loops.replay import audit_version, replay_versions
+from tier1.training.checkpoint import digest_of
 from tier1.versions.dense_update import make_dense
 from tier1.versions.manifest import DenseUpdate
 
@@ -115,6 +119,53 @@ def test_a_cluster_keeps_optimiser_and_place_in_the_schedule(tmp_path):
     assert after.progress.step == 2 * STEPS
     assert {float(t) for name, t in after.state.items() if name.startswith("optimizer.step.")} == {2.0 * STEPS}
     assert first.chain.entries()[-1].entry.body.candidate.inputs.dense.steps == STEPS
+
+
+@pytest.mark.parametrize("where", ["keep_state", "write_durable"])
+def test_a_run_whose_end_finds_a_full_disk_goes_on_in_its_schedule(tmp_path, monkeypatch, where):
+    """Guards schedule and moments: however often the last writes fail, a retry ends as an undisturbed run does."""
+    core = {"clusters": {"count": 1}, "checkpoint_every": 1}
+    (calm, _), (fed, _) = (make_clusters(tmp_path / name, **core) for name in ("calm", "full"))
+    for one in (calm, fed):
+        settled(one, published(one, "a"))
+    whole = trained(calm, published(calm, "b"))
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(core_update, where, full_disk)
+            with pytest.raises(StorageError, match="disk full"):
+                published(fed, "b")
+    assert any((fed.home / "dense").glob("*.checkpoints/*"))
+    assert trained(fed, published(fed, "b")) == whole
+    assert not any((fed.home / "dense").glob("*.checkpoints")), "a published run needs none"
+    kept, undisturbed = last_state(fed), last_state(calm)
+    assert (kept.progress, kept.progress.step) == (undisturbed.progress, 2 * STEPS)
+    assert digest_of(kept.state) == digest_of(undisturbed.state)
+
+
+def trained(fed: Federation, ref):
+    """Return slice → digest of what was trained."""
+    return json.loads((fed.home / "dense" / f"{ref.update_id}.json").read_bytes())["dense"]["blobs"]
+
+
+def full_disk(*arguments):
+    """Write what a run begins with, and nothing of how it ended."""
+    if str(arguments[0]).endswith(".base.json"):
+        return write_durable(*arguments)
+    raise StorageError("disk full")
+
+
+def test_a_run_whose_beginning_is_not_kept_any_more_is_told_so(tmp_path, monkeypatch):
+    """Guards a run that died long ago: others of its cluster went on, and it is not trained from their moments."""
+    fed, _ = make_clusters(tmp_path, clusters={"count": 1}, checkpoint_every=1)
+    settled(fed, published(fed, "a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(core_update, "keep_state", full_disk)
+        with pytest.raises(StorageError):
+            published(fed, "b")
+    for name in "cd":
+        settled(fed, published(fed, name))
+    with pytest.raises(TrainingError, match=rf"began at step {STEPS} of the schedule, whose state is not in"):
+        published(fed, "b")
 
 
 def test_half_precision_deltas_take_half_the_bytes(tmp_path):

@@ -101,6 +101,29 @@ def test_safeguards_are_never_left_out_in_silence(run):
         run(backend=TorchBackend(), safeguards=Safeguards(ewc=Ewc(weight=1.0)))
 
 
+def test_an_engine_that_names_tied_weights_once_gives_the_same_fisher(run, monkeypatch):
+    """Guards EWC on a tied model: DeepSpeed's weights have one name, a model's state two; both are whole."""
+    options = {"tied": True, "safeguards": Safeguards(ewc=Ewc(weight=1.0))}
+    _, _, delta, _ = run(**options)
+    twice = TorchBackend.state_dict
+    monkeypatch.setattr(
+        TorchBackend, "state_dict", lambda self: {k: v for k, v in twice(self).items() if k != "lm_head.weight"}
+    )
+    assert run(**options)[2] == delta
+    assert delta.fisher
+
+
+def test_a_fisher_that_does_not_fit_is_one_error_with_a_way_out(run, monkeypatch):
+    """Guards what is said when memory ends after the last step: no raw error of torch, and nothing is stored."""
+
+    def starved(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("tier1.training.core_update.fisher_diagonal", starved)
+    with pytest.raises(TrainingError, match=r"for the Fisher information .*: cut .*core\.deepspeed.offload"):
+        run(safeguards=Safeguards(ewc=Ewc(weight=1.0)))
+
+
 class Stop(Exception):
     """Ends a run after the checkpoint of its first step."""
 
