@@ -62,7 +62,8 @@ class RanksTask(PytorchElasticFunctionTask):
             if ended is None:  # it came about before or after the ranks
                 raise
             rank, failure = ended.get_first_failure()
-            raise _told(rank, failure, isinstance(error, FlyteRecoverableException)) from None
+            recoverable = isinstance(error, FlyteRecoverableException)
+            raise _told(rank, failure, recoverable, run=str(kwargs.get("run", ""))) from None
 
 
 def _ranks_error(error: BaseException | None) -> Any:
@@ -74,13 +75,14 @@ def _ranks_error(error: BaseException | None) -> Any:
     return error
 
 
-def _told(rank: int, failure: Any, recoverable: bool) -> FednestedError:
+def _told(rank: int, failure: Any, recoverable: bool, run: str) -> FednestedError:
     """Return the error of the whole run: that of the rank that was seen to fail first."""
     if failure.exitcode < 0:
+        # Another batch or length of rows is another run, which no checkpoint of this one may go on in.
         return TransportError(
             f"rank {rank} was ended by {failure.signal_name()} (out of memory, or its machine was taken away): run it "
-            "again under the same name, it goes on from the newest checkpoint; if it ends so again, lower "
-            "core.batch_size"
+            f"again under the same name ({run}), it goes on from the newest checkpoint; if it ends so again, lower "
+            "core.micro_batch, set core.activation_checkpointing to true, or train on more ranks"
         )
     said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
     name, _, text = said.partition(": ")

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tasks.gpu.elastic import _told
 from tasks.gpu.train import train_2_cpu, train_2x8_gpu, train_8_gpu
 from tests.federation import make_workspace
 from tier1.training.checkpoint import SLOTS
+from tier1.training.core_update import _HOW
 from workflows.core_update import core_update
 from workflows.core_update_elastic import core_update_2_cpu
 
@@ -104,15 +106,25 @@ def failed(tmp_path: Path, exitcode: int, message: str = "") -> ProcessFailure:
 
 def test_the_failed_rank_speaks_for_the_run(tmp_path):
     """Guards class and text of the one error: a signal passes, a user's error keeps its class, a bug too."""
-    assert type(_told(1, failed(tmp_path, -signal.SIGKILL), False)) is TransportError
-    lost = _told(1, failed(tmp_path, 1, "Recoverable: rank 1 of 2 lost another rank"), True)
+    told = partial(_told, run="night")
+    assert type(told(1, failed(tmp_path, -signal.SIGKILL), False)) is TransportError
+    lost = told(1, failed(tmp_path, 1, "Recoverable: rank 1 of 2 lost another rank"), True)
     assert (type(lost), str(lost)) == (TransportError, "rank 1 of 2 lost another rank")
-    full = _told(1, failed(tmp_path, 1, "StorageError: cannot write: free space"), False)
+    full = told(1, failed(tmp_path, 1, "StorageError: cannot write: free space"), False)
     assert (type(full), str(full)) == (StorageError, "cannot write: free space")
-    forged = _told(1, failed(tmp_path, 1, "EnvelopeError: unsigned"), False)
+    forged = told(1, failed(tmp_path, 1, "EnvelopeError: unsigned"), False)
     assert (type(forged), forged.reason) == (EnvelopeError, "rank_failed")
-    bug = _told(1, failed(tmp_path, 1, "KeyError: 'x'"), False)
+    bug = told(1, failed(tmp_path, 1, "KeyError: 'x'"), False)
     assert (type(bug), str(bug)) == (FednestedError, "rank 1 failed: KeyError: 'x'")
+
+
+def test_what_a_killed_rank_is_told_to_change_leaves_the_run_what_it_is(tmp_path):
+    """Guards the progress: the line names the run and keys of how it trains; another batch would be another run's."""
+    line = str(_told(1, failed(tmp_path, -signal.SIGKILL), False, run="night"))
+    assert "under the same name (night)," in line
+    named = set(re.findall(r"core\.(\w+)", line))
+    assert named == {"micro_batch", "activation_checkpointing"}
+    assert named <= _HOW
 
 
 def test_an_error_that_no_rank_caused_stays_what_it_is(tmp_path, monkeypatch):
@@ -133,8 +145,8 @@ def test_an_error_that_no_rank_caused_stays_what_it_is(tmp_path, monkeypatch):
     with pytest.raises(FlyteUserRuntimeException, match="no such start method"):
         train_2_cpu.execute()
     raised = ended
-    with pytest.raises(FlyteRecoverableException, match="rank 1 was ended by SIGKILL"):
-        train_2_cpu.execute()
+    with pytest.raises(FlyteRecoverableException, match=r"rank 1 was ended by SIGKILL .* same name \(night\),"):
+        train_2_cpu.execute(run="night")
 
 
 @pytest.fixture
