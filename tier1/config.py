@@ -160,6 +160,8 @@ class LoraConfig(Section):
 
 
 Weight = Annotated[float, Field(gt=0, le=1e9)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+OPTIMISER = {"expert_learning_rate", "router_learning_rate", "weight_decay", "aux_loss", "grad_clip"}
 
 
 class CoreUpdateConfig(Section):
@@ -170,6 +172,11 @@ class CoreUpdateConfig(Section):
     batch_size: int = Field(default=16, ge=1, le=1_000_000)
     seq_len: int = Field(default=96, ge=8, le=1_000_000)
     learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    expert_learning_rate: Rate | None = None
+    router_learning_rate: Rate | None = None
+    weight_decay: float = Field(default=0.1, ge=0, le=1)
+    aux_loss: float = Field(default=0.02, ge=0, le=1000)
+    grad_clip: float = Field(default=1.0, gt=0, le=1e9)
     threads: int = Field(default=2, ge=1, le=1024)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     checkpoint_every: int | None = Field(default=100, ge=1, le=1_000_000_000)
@@ -197,6 +204,18 @@ class CoreUpdateConfig(Section):
             raise ValueError(
                 f"lora must be alone in a core update, got it with {', '.join(others)}: remove one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rates_of_factors(self) -> CoreUpdateConfig:
+        targets = self.lora.targets if self.lora else TARGETS
+        still = {"router": self.lora is not None, "expert": not {"gate_up_proj", "down_proj"} & {*targets}}
+        for group, rests in still.items():
+            if rests and (rate := getattr(self, f"{group}_learning_rate")) is not None:
+                raise ValueError(
+                    f"{group}_learning_rate must be left out where no target of lora is of that group, got {rate:g}: "
+                    f"remove it{' or add gate_up_proj to lora.targets' * (group == 'expert')}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from fednested_lib.errors import ChainError, LogError
 from fednested_lib.failpoints import failpoint
 from fednested_lib.log import DENSE
 from fednested_lib.signing import canonical_json, sha256_hex
+from tier1.config import OPTIMISER
 from tier1.federation import Federation
 from tier1.loops.core_round import (
     begin_schedule,
@@ -168,6 +169,7 @@ def _train(
         last_step=first + core.steps,
         batch_size=core.batch_size,
         learning_rate=core.learning_rate,
+        **core.model_dump(include=OPTIMISER),
         schedule=core.schedule.schedule(),
         seed=core.seed,
         micro_batch=core.micro_batch,
@@ -311,6 +313,7 @@ def _record_run(fed: Federation, update: DenseUpdate, started_ms: int) -> list[s
             "batch_size": core.batch_size,
             "learning_rate": core.learning_rate,
             "seed": core.seed,
+            **core.model_dump(include=OPTIMISER, exclude_defaults=True),
             **_rows_read(fed),
             **_protection(fed),
             **({"lora": canonical_json(core.lora.model_dump()).decode()} if core.lora else {}),

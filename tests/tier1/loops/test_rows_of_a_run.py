@@ -1,4 +1,4 @@
-"""Which rows a core update takes and how it reads them: from tier1.yaml to checkpoints, events and lineage."""
+"""Which rows a core update takes, how it reads them, with what optimiser: from tier1.yaml to checkpoint and lineage."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ from tier1.training.backends import TorchBackend
 from tier1.training.settings import TrainSettings
 
 CORE = {"steps": 6, "batch_size": 4, "seq_len": 16, "learning_rate": 1e-3, "threads": 1, "checkpoint_every": 2}
+
+# A value that is not the usual one, and the usual one.
+OPTIMISED = {
+    "expert_learning_rate": (1e-4, None),
+    "router_learning_rate": (0.0, None),
+    "weight_decay": (0.0, 0.1),
+    "aux_loss": (1.0, 0.02),
+    "grad_clip": (0.01, 1.0),
+}
 
 
 def workspace(directory, **core):
@@ -57,6 +66,7 @@ def dies_at(step, monkeypatch):
         ({"mixture": {"prose": 1, "verse": 3}}, {"mixture": {"prose": 1, "verse": 2}}, r"settings\.mixture"),
         ({"mixture": {"prose": 1, "verse": 3}}, {"mixture": None}, r"settings\.mixture"),
         ({"document_masks": True}, {"document_masks": False}, r"settings\.document_end"),
+        *[({key: value}, {key: usual}, rf"settings\.{key}") for key, (value, usual) in OPTIMISED.items()],
     ],
 )
 def test_it_is_part_of_what_the_run_is(tmp_path, monkeypatch, chosen, changed, named):
@@ -70,6 +80,48 @@ def test_it_is_part_of_what_the_run_is(tmp_path, monkeypatch, chosen, changed, n
     with pytest.raises(TrainingError, match=rf"another run.*{named}"):
         trained(other(fed, **changed), "killed")
     assert record_of(fed, trained(fed, "killed"))["dense"]["blobs"] == whole["dense"]["blobs"]
+
+
+def test_the_optimiser_is_recorded_where_it_is_not_the_usual(tmp_path):
+    """Guards lineage: it says what was set, and of a run that sets nothing what it said before there were such keys."""
+    plain, chosen = (
+        open_federation(workspace(tmp_path / "a")),
+        open_federation(workspace(tmp_path / "b", grad_clip=0.5)),
+    )
+    for fed in (plain, chosen):
+        trained(fed, "run")
+    said, set_ = (next(fed.home.rglob("lineage.jsonl")).read_text().replace("\\", "") for fed in (plain, chosen))
+    assert not [key for key in OPTIMISED if key in said]
+    assert [key for key in OPTIMISED if key in set_] == ["grad_clip"]
+
+
+def test_what_is_left_out_of_the_optimiser_is_what_it_was(tmp_path):
+    """Guards upgrades: the defaults of tier1.yaml are the trainer's, so weights and checkpoints stay what they are."""
+    core = load_tier1(workspace(tmp_path)).core
+    assert {key: getattr(core, key) for key in OPTIMISED} == {key: usual for key, (_, usual) in OPTIMISED.items()}
+    settings = TrainSettings(steps=1)
+    assert {key: getattr(settings, key) for key in OPTIMISED} == {key: usual for key, (_, usual) in OPTIMISED.items()}
+
+
+@pytest.mark.parametrize(
+    ("core", "said"),
+    [
+        ({"expert_learning_rate": -0.1}, "core.expert_learning_rate"),
+        ({"router_learning_rate": 2}, "core.router_learning_rate"),
+        ({"weight_decay": 1.5}, "core.weight_decay"),
+        ({"aux_loss": float("nan")}, "core.aux_loss"),
+        ({"grad_clip": 0}, "core.grad_clip"),
+        ({"grad_clip": float("inf")}, "core.grad_clip"),
+        ({"lora": {}, "router_learning_rate": 0.1}, "router_learning_rate must be left out"),
+        ({"lora": {"targets": ["q_proj"]}, "expert_learning_rate": 0.1}, "add gate_up_proj to lora.targets"),
+    ],
+    ids=str,
+)
+def test_an_optimiser_out_of_bounds_is_refused(tmp_path, core, said):
+    """Guards tier1.yaml: every key is bounded, and a rate that nothing would have is not passed over in silence."""
+    with pytest.raises(ConfigError) as refused:
+        load_tier1(workspace(tmp_path, **core))
+    assert said in str(refused.value)
 
 
 def test_a_mixture_is_recorded(tmp_path):

@@ -182,6 +182,9 @@ def _train(
     large: bool = False,
     clip: float = 1.0,
     rate: float = 1e-2,
+    expert_rate: float | None = None,
+    router_rate: float | None = None,
+    decay: float = 0.1,
     engine: dict | None = None,
     micro_batch: int | None = None,
     recompute: bool = False,
@@ -208,6 +211,9 @@ def _train(
         large: the demo's model and rows of its length in place of the small ones.
         clip: largest norm of the gradient.
         rate: learning rate.
+        expert_rate: of the experts, where it is another.
+        router_rate: of the router.
+        decay: weight decay.
         engine: settings of DeepSpeed; None is plain torch.
         micro_batch: rows per pass.
         recompute: activation checkpointing.
@@ -236,6 +242,9 @@ def _train(
             steps=steps,
             batch_size=batch_size,
             learning_rate=rate,
+            expert_learning_rate=expert_rate,
+            router_learning_rate=router_rate,
+            weight_decay=decay,
             aux_loss=aux_loss,
             grad_clip=clip,
             micro_batch=micro_batch,

@@ -24,6 +24,8 @@ STAGES = ({"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3})
 EXPERTS = ({"zero_stage": 2, "expert_parallel": 2}, {"zero_stage": 3, "expert_parallel": 2})
 # So small that the clip acts on every step: it acts alike only if the norm is the global one.
 RUN = {"steps": 12, "still": True, "aux_loss": 1.0, "clip": 0.3}
+# Rates and decay that no engine has by itself: each group must have its own, also where experts are cut.
+RUN |= {"expert_rate": 3e-2, "router_rate": 1e-3, "decay": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def apart(losses, reference):
 @needs_deepspeed
 @pytest.mark.parametrize("engine", [*STAGES, *EXPERTS], ids=str)
 def test_every_engine_has_the_curve_of_one_process(runner, torch_losses, engine):
-    """Guards item 1 of issue 6: clip, rates and balancing loss are those of the whole batch and model on any layout."""
+    """Guards item 1 of issue 6: clip, rates, decay and balancing loss are one process's on any layout."""
     first, second = done(runner.run(2, engine=engine, **RUN))
     assert first.losses == second.losses
     assert first.weights == second.weights, "gathered weights are the same on every rank"

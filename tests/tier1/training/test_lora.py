@@ -194,3 +194,19 @@ def test_its_delta_is_folded_gated_and_replayed_like_any_other(tmp_path, form):
     assert {int(np.linalg.matrix_rank(array, rtol=1e-5)) for array in found} == {1}
     verdicts = [line for line in replay_versions(fed) if line.startswith("version")]
     assert ["identical" in line for line in verdicts] == [True, True]
+
+
+def test_low_rank_has_the_rates_and_the_decay_of_the_run(small_mixtral):
+    """Guards the optimiser of the factors: experts at rate 0 stay, attention moves, and decay is felt."""
+    moved = {}
+    for decay in (0.0, 1.0):
+        settings = TrainSettings(
+            steps=4, batch_size=4, learning_rate=3e-2, expert_learning_rate=0.0, weight_decay=decay
+        )
+        backend = LoraBackend(LORA)
+        train(initial_model("mixtral", small_mixtral, 0), ROWS, settings, family="mixtral", backend=backend)
+        moved[decay] = backend.delta()
+    still = {name: not change.any() for name, change in moved[1.0].items()}
+    assert still == {name: ".experts." in name for name in still}
+    assert set(still.values()) == {True, False}
+    assert any(not torch.equal(change, moved[1.0][name]) for name, change in moved[0.0].items())
