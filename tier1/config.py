@@ -116,9 +116,14 @@ class SafeguardsConfig(Section):
 
     @model_validator(mode="after")
     def _old_text(self) -> SafeguardsConfig:
-        for name in ("replay", "distillation", "freeze"):
-            if getattr(self, name) and not self.rehearsal:
+        readers = {name: getattr(self, name) for name in ("replay", "distillation", "freeze")}
+        for name, section in readers.items():
+            if section and not self.rehearsal:
                 raise ValueError(f"{name} needs text of old domains, got none: set rehearsal.datasets")
+        if self.rehearsal and not any(readers.values()):
+            raise ValueError(
+                f"rehearsal must be read by one of {', '.join(readers)}, got none of them: set one, or remove rehearsal"
+            )
         return self
 
 

@@ -150,7 +150,11 @@ def test_each_safeguard_is_off_unless_it_is_given(tmp_path):
         ({"ewc": {"weight": -1}}, "ewc.weight"),
         ({"frequencies": {"core": 0}}, "frequencies.core"),
         ({"freeze": {"share": 0.5}}, "freeze needs text of old domains"),
-        ({"rehearsal": {"datasets": {"plays": "data/old-a.jsonl"}}}, "dataset plays must be one file"),
+        ({"rehearsal": {"datasets": {"plays": "data/old-a.jsonl"}}, "replay": {}}, "dataset plays must be one file"),
+        (
+            {"rehearsal": EVERY["rehearsal"], "ewc": EVERY["ewc"], "frequencies": {}},
+            "rehearsal must be read by one of replay, distillation, freeze, got none of them",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, safeguards, said):
