@@ -66,10 +66,17 @@ def authorise_training(fed: Federation, run_id: str) -> TrainingGrant:
 
 
 def pack_datasets(fed: Federation, grant: TrainingGrant) -> PackedData:
-    """Validate and pack the granted datasets; bad records are set aside with file, line and reason."""
+    """Validate and pack the granted datasets; bad records are set aside with file, line and reason.
+
+    Raises:
+        ConfigError: `core.seq_len` is more than the positions of the model.
+        DataError: a dataset is unusable.
+    """
     from tier1.training.data import prepare_dataset
+    from tier1.training.model import check_positions
 
     head = ensure_genesis(fed).head
+    check_positions(fed.config.core.seq_len, head.model)
     sources = {name: path for name, path in fed.config.core.datasets.items() if name in grant.datasets}
     core, out_dir = fed.config.core, fed.home / "packed"
     packed = prepare_dataset(

@@ -142,6 +142,24 @@ def pretrained_tokenizer(path: Path, vocab_size: int) -> bytes:
     return data
 
 
+def check_positions(seq_len: int, config: Mapping[str, Any]) -> None:
+    """Refuse rows of more tokens than the model has positions, which it would be trained beyond without a word.
+
+    Args:
+        seq_len: Predicted tokens per row.
+        config: Of the model, as `describe_config` gives it.
+
+    Raises:
+        ConfigError: ``seq_len`` is above ``max_position_embeddings``.
+    """
+    bound = config.get("max_position_embeddings")
+    if bound is not None and seq_len > bound:
+        raise ConfigError(
+            f"core.seq_len must be at most the model's max_position_embeddings of {bound}, got {seq_len}: lower it, or "
+            "begin a federation with a model that has more"
+        )
+
+
 def _model_type(path: Path) -> object:
     try:
         return json.loads((path / "config.json").read_bytes())["model_type"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fednested_lib.errors import PolicyDenied
+from fednested_lib.errors import ConfigError, PolicyDenied
 from fednested_lib.snapshot import read_state_dict
-from tests.federation import Device, make_federation
+from tests.federation import SMALL_MODEL, Device, make_federation
 from tier1.config import ModelConfig
 from tier1.loops.aggregate_experts import fold_updates, take_updates
+from tier1.loops.core_update import authorise_training, pack_datasets
 from tier1.loops.genesis import ensure_genesis
 from tier1.training.model import initial_model
 from tier1.training.tokenizer import train_tokenizer
@@ -28,6 +29,10 @@ OLMOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
 }
+
+
+def changed(fed, **sections):
+    return dataclasses.replace(fed, config=fed.config.model_copy(update=sections))
 
 
 def test_genesis_needs_a_policy_that_allows_its_text(tmp_path):
@@ -69,6 +74,23 @@ def test_a_chain_begins_with_an_open_model(tmp_path):
     assert fed.blobs.get(head.tokenizer) == tokenizer
     state = read_state_dict(head.snapshot, fed.blobs)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["own", "pretrained"])
+def test_rows_longer_than_the_models_positions_are_refused(tmp_path, given):
+    """Guards `core.seq_len`: rotary positions go on beyond what a model has, so it would train there in silence."""
+    fed = make_federation(tmp_path / "fed", core={"seq_len": 129})
+    if given:
+        initial_model("mixtral", SMALL_MODEL | {"vocab_size": 300}, 3).save_pretrained(tmp_path / "open")
+        tokenizer = train_tokenizer([f"Fox {i} and dog {i * i}." for i in range(200)], 280)
+        (tmp_path / "open" / "tokenizer.json").write_bytes(tokenizer)
+        fed = changed(fed, model=ModelConfig(pretrained=tmp_path / "open"))
+    grant = authorise_training(fed, "run")
+    with pytest.raises(ConfigError, match=r"core\.seq_len must be at most .* of 128, got 129: lower it"):
+        pack_datasets(fed, grant)
+    assert not (fed.home / "packed").exists()
+    longest = changed(fed, core=fed.config.core.model_copy(update={"seq_len": 128}))
+    assert pack_datasets(longest, grant).n_rows > 0
 
 
 def test_an_open_model_brings_its_shape(tmp_path):
