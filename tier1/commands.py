@@ -91,10 +91,17 @@ def init_config(
 @app.command("core-update")
 def core_update(
     config: Path = CONFIG,
-    run: str = typer.Option("", help="name of this run; one that was killed goes on under the same name"),
+    run: str = typer.Option("", help="name; a run that was killed goes on under its own; default: a new one"),
 ) -> None:
     """Train core and experts on governed data and fold the delta into a candidate."""
-    run_workflow("core_update", config, *(["--run", run] if run else []))
+    load_tier1(config)
+    run = run or f"local-{_unique()}"
+    typer.echo(f"run {run}: should it end early, give --run {run} to go on where it was", err=True)
+    run_workflow("core_update", config, "--run", run)
+
+
+def _unique() -> str:
+    return f"{time.strftime('%Y%m%dt%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
 @app.command("aggregate-experts")
@@ -191,7 +198,7 @@ def request(
             "has a --route for it"
         )
     fed = open_federation(config)
-    task_id = task_id or f"manual-{time.strftime('%Y%m%dt%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    task_id = task_id or f"manual-{_unique()}"
     fields = {"event": "training_task", "federation": fed.config.federation, "task_id": task_id, "kind": kind}
     fed.request(parse_event(canonical_json(fields)))
     typer.echo(f"requested {kind} as task {task_id}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -294,7 +295,10 @@ def test_pyflyte_run_ends_with_our_line(tmp_path):
         (tmp_path / "data/train.jsonl").write_bytes(b"")
         done = command("tier1", "core-update", "--config", config)
     assert done.returncode == 3
-    assert "train.jsonl is empty" in only_line(done)
+    name, line = done.stderr.splitlines()
+    assert name.startswith("run local-")
+    assert "train.jsonl is empty" in line
+    assert not done.stdout
     assert not open_federation(config).chain.exists()
 
 
@@ -321,6 +325,22 @@ def test_a_killed_run_goes_on_under_its_name(tmp_path, monkeypatch):
     assert done.stdout.startswith("CandidateRef(digest='")
     assert len(done.stdout.splitlines()) == 1
     assert "step" not in done.stderr
+
+
+def test_a_killed_run_that_was_given_no_name_says_how_to_go_on(tmp_path, monkeypatch):
+    """Without `--run` the first line has the name under which the run trains, and goes on: nothing else tells it."""
+    config = make_workspace(tmp_path)
+    monkeypatch.setenv("FEDNESTED_FAILPOINT", "core.after_training")
+    died = command("tier1", "core-update", "--config", config)
+    assert died.returncode == 1
+    name = re.fullmatch(
+        r"run (local-\S+): should it end early, give --run \1 to go on where it was", died.stderr.splitlines()[0]
+    )[1]
+    monkeypatch.delenv("FEDNESTED_FAILPOINT")
+    done = command("tier1", "core-update", "--config", config, "--run", name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("CandidateRef(digest='")
+    assert "step" not in done.stderr, "it was trained already"
 
 
 def test_a_decision_is_about_the_candidate_that_was_settled(fed, tmp_path):
