@@ -81,8 +81,8 @@ def _told(rank: int, failure: Any, recoverable: bool, run: str) -> FednestedErro
         # Another batch or length of rows is another run, which no checkpoint of this one may go on in.
         return TransportError(
             f"rank {rank} was ended by {failure.signal_name()} (out of memory, or its machine was taken away): run it "
-            f"again under the same name ({run}), it goes on from the newest checkpoint; if it ends so again, set a lower "
-            "core.micro_batch, core.activation_checkpointing to true, or train on more ranks"
+            f"again under the same name ({run}), it goes on from the newest checkpoint; if it ends so again, set "
+            "core.micro_batch to fewer rows, core.activation_checkpointing to true, or train on more ranks"
         )
     said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
     name, _, text = said.partition(": ")

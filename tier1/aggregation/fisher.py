@@ -16,7 +16,7 @@ import numpy as np
 from fednested_lib.blobs import BlobStore
 from fednested_lib.errors import PayloadError
 from fednested_lib.snapshot import encode_blob, read_slice
-from tier1.aggregation.dense import LARGEST
+from tier1.aggregation.dense import LARGEST, within
 
 
 def fold_fisher(
@@ -97,7 +97,7 @@ def _checked(
     if {name: array.shape for name, array in found.items()} != shapes:
         raise PayloadError("bad_shape", f"Fisher information of slice {key} has other tensors or shapes than the model")
     for name, array in found.items():
-        if not ((array >= 0) & (array <= LARGEST)).all():
+        if not within(array, 0.0):
             raise PayloadError(
                 "non_finite",
                 f"Fisher information of {name} in slice {key} must be in 0..{LARGEST:.0e}: train the run again",

@@ -85,13 +85,15 @@ def memory_of(fed: Federation, base: VersionView, ranks: Ranks) -> Memory:
 
 
 def _pack(fed: Federation, base: VersionView) -> list[str]:
+    """Pack each dataset of old domains by itself; bad records are set aside beside its rows."""
     from tier1.training.data import prepare_dataset
 
-    tokenizer, seq_len = fed.blobs.get(base.tokenizer), fed.config.core.seq_len
-    return [
-        str(prepare_dataset({name: path}, tokenizer, seq_len=seq_len, out_dir=fed.home / "rehearsal" / name).path)
-        for name, path in sorted(rehearsed_datasets(fed).items())
-    ]
+    tokenizer, seq_len, paths = fed.blobs.get(base.tokenizer), fed.config.core.seq_len, []
+    for name, path in sorted(rehearsed_datasets(fed).items()):
+        packed = prepare_dataset({name: path}, tokenizer, seq_len=seq_len, out_dir=fed.home / "rehearsal" / name)
+        log.info("core_update.rehearsed", dataset=name, rows=packed.n_rows, set_aside=packed.n_set_aside)
+        paths.append(str(packed.path))
+    return paths
 
 
 def _earlier_fisher(fed: Federation, base: VersionView) -> dict[str, Tensor]:

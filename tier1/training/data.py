@@ -1,7 +1,7 @@
 """Tier-1 text becomes packed tokens: JSONL or Parquet → validated records → one token stream → rows of equal length.
 
-Pieces of a few MiB stream through, on as many processes as there are cores where there is enough to do, and the rows do
-not depend on their number. A bad record is set aside with file, line (Parquet: row) and reason, never its value, and
+Pieces of a few MiB stream through, on as many processes as fit where there is enough to do, and the rows do not depend
+on their number. A bad record is set aside with dataset, file, line (Parquet: row) and reason, never its value, and
 does not stop the rest. Exact duplicates are set aside too, if asked: the first of all datasets, in the order of names
 and lines, stays. The rows are cached under a digest of everything they depend on: the bytes of the files, the
 tokenizer, the row length, whether duplicates stay, and the version of these rules.
@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,15 @@ from fednested_lib.blobs import write_durable
 from fednested_lib.errors import DataError, StorageError
 from fednested_lib.signing import canonical_json, sha256_hex
 from fednested_lib.text import BadRow
+from tier1.training.cores import processes_that_fit
 from tier1.training.duplicates import Seen
 from tier1.training.pieces import EncodedPiece, encode_pieces
 from tier1.training.rows import RowWriter
 from tier1.training.sources import Source, see, without_texts
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 WORTH_PROCESSES_BYTES = 32 << 20
+PROCESS_BYTES = 384 << 20  # of one that encodes, its words included
 ABANDONED_S = 3600
 SET_ASIDE_FILE = "set_aside.jsonl"
 DUPLICATE = "text is a duplicate"
@@ -83,7 +84,7 @@ def prepare_dataset(
         seq_len: Predicted tokens per row.
         out_dir: Receives ``<digest>.npy``, ``<digest>.json`` and ``set_aside.jsonl``.
         dedupe: Whether a text that came before, in any source, is set aside.
-        workers: Processes that read and encode; None: one per core, or this one alone for little text.
+        workers: Processes that read and encode; None: as many as fit, or this one alone for little text.
 
     Raises:
         DataError: A file is missing, torn or empty, has no usable record, or all have less text than one row.
@@ -103,7 +104,7 @@ def prepare_dataset(
             done = _pack(seen, tokenizer, path, seq_len=seq_len, dedupe=dedupe, workers=workers or _workers(seen))
             # Written last: a summary exists only beside complete rows.
             write_durable(summary, canonical_json(done))
-        _show_set_aside(path)
+        _show_set_aside(path, seen)
     except OSError as error:
         raise StorageError(
             f"cannot write packed tokens to {out_dir} ({error.strerror}): free space or fix its permissions"
@@ -114,7 +115,7 @@ def prepare_dataset(
 
 def _workers(sources: Mapping[str, Source]) -> int:
     little = sum(source.size_bytes for source in sources.values()) < WORTH_PROCESSES_BYTES
-    return 1 if little else len(os.sched_getaffinity(0))
+    return 1 if little else processes_that_fit(PROCESS_BYTES)
 
 
 def _pack(
@@ -130,8 +131,8 @@ def _pack(
             for name, encoded in encode_pieces(pieces, tokenizer, dedupe=dedupe, workers=workers):
                 new = seen.add(encoded.digests) if seen else np.ones(len(encoded.lines), dtype=bool)
                 rows.append(encoded.tokens if new.all() else encoded.tokens[np.repeat(new, encoded.counts)])
-                refused = _refused(encoded, new, sources[name].path)
-                aside.writelines(json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in refused)
+                refused = _refused(encoded, new)
+                aside.writelines(json.dumps([name, bad.line, bad.reason]) + "\n" for bad in refused)
                 tally[name].count(encoded, new, refused, rows.n_tokens)
             for name, source in sources.items():
                 source.require_unchanged()
@@ -174,10 +175,9 @@ class _Tally:
         self.first = self.first or next(iter(refused), None)
 
 
-def _refused(encoded: EncodedPiece, new: np.ndarray, path: Path) -> list[BadRow]:
+def _refused(encoded: EncodedPiece, new: np.ndarray) -> list[BadRow]:
     repeated = [BadRow(file="", line=line, reason=DUPLICATE) for line in encoded.lines[~new].tolist()]
-    in_order = sorted([*encoded.bad, *repeated], key=lambda record: record.line)
-    return [BadRow(file=path.name, line=record.line, reason=record.reason) for record in in_order]
+    return sorted([*encoded.bad, *repeated], key=lambda record: record.line)
 
 
 def rows_of_sources(ends: Mapping[str, int], seq_len: int, n_rows: int) -> dict[str, list[int]]:
@@ -228,11 +228,14 @@ def _set_aside_of(rows: Path) -> Path:
     return rows.with_suffix(f".{SET_ASIDE_FILE}")
 
 
-def _show_set_aside(rows: Path) -> None:
-    """Copy what was set aside to where an operator looks for it."""
+def _show_set_aside(rows: Path, sources: Mapping[str, Source]) -> None:
+    """Write what was set aside where an operator looks for it, with the files that have it now."""
     shown = rows.with_name(f"{SET_ASIDE_FILE}.{uuid.uuid4().hex}.tmp")
     try:
-        shutil.copyfile(_set_aside_of(rows), shown)
+        with _set_aside_of(rows).open(encoding="utf-8") as kept, shown.open("w", encoding="utf-8") as out:
+            for dataset, line, reason in map(json.loads, kept):
+                record = {"dataset": dataset, "file": str(sources[dataset].path), "line": line, "reason": reason}
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
         os.replace(shown, rows.with_name(SET_ASIDE_FILE))
     finally:
         shown.unlink(missing_ok=True)

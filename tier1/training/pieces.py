@@ -155,7 +155,7 @@ def encode_pieces(
         except BrokenProcessPool:
             raise TransportError(
                 f"one of {workers} processes that pack text was killed, by its memory limit perhaps; nothing was kept: "
-                "run again with more memory, or on fewer cores (taskset)"
+                "run again with more memory, or on fewer cores (taskset; in a pod, a smaller CPU limit)"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

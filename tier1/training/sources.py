@@ -224,13 +224,13 @@ def _columns_of(path: Path, file: ParquetFile) -> list[str]:
     import pyarrow
 
     kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
-    of = {field.name: field.type for field in file.schema_arrow}
+    found = [(field.name, field.type) for field in file.schema_arrow]
     for columns in COLUMNS:
-        if all(of.get(name) in kinds for name in columns):
+        if all([kind in kinds for name, kind in found if name == column] == [True] for column in columns):
             return list(columns)
     raise DataError(
-        f"data file {path} must have a column text, or prompt and completion, of strings, got "
-        f"{', '.join(f'{name} ({kind})' for name, kind in of.items()) or 'none'}: rename or convert its columns"
+        f"data file {path} must have one column text, or prompt and completion, of strings, got "
+        f"{', '.join(f'{name} ({kind})' for name, kind in found) or 'none'}: rename or convert its columns"
     )
 
 

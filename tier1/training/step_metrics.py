@@ -5,7 +5,7 @@
     load_min  the least of them: 0 is an expert that no token of the step went to
 
 n_e is how many tokens went to expert e. The router is watched from outside the loss, through the model's output, so
-what is measured changes no bit of what is trained; rows that safeguards draw are counted too. Sums are those of all
+what is measured changes no bit of what is trained; rows that safeguards draw are not counted. Sums are those of all
 ranks. Only rank 0 writes.
 """
 

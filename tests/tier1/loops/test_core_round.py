@@ -203,7 +203,7 @@ def test_an_unusable_delta_is_no_reason_to_wait_no_longer(tmp_path):
     assert [entry["run"] for entry in logs if entry["event"] == "core_round.unusable"] == ["a"]
 
 
-@pytest.mark.parametrize("damage", ["lost", "shape", "huge", "fisher", "part of a fisher"])
+@pytest.mark.parametrize("damage", ["lost", "shape", "huge", "endless half", "fisher", "part of a fisher"])
 def test_an_unusable_delta_of_another_cluster_stops_nobody(tmp_path, damage):
     """What one cluster's delta lacks in the archive is said and left out; the others' round is folded without it."""
     first, second = make_clusters(tmp_path)
@@ -217,6 +217,7 @@ def test_an_unusable_delta_of_another_cluster_stops_nobody(tmp_path, damage):
         arrays = {
             "shape": {"weight": np.full(3, -1.0, np.float32)},
             "huge": {name: each + 1e300 for name, each in arrays.items()},
+            "endless half": {name: (each + np.inf).astype(np.float16) for name, each in arrays.items()},
             "fisher": {name: each - 1 for name, each in arrays.items()},
             "part of a fisher": arrays,
         }[damage]

@@ -76,6 +76,18 @@ def test_a_run_leaves_the_fisher_information_that_the_next_one_takes_up(fed):
         assert (two[name] - (own[name] + 0.5 * one[name])).abs().max() <= 1e-6 * two[name].abs().max()
 
 
+def test_bad_rows_of_old_text_are_counted_and_located(fed, tmp_path):
+    """Guards that old text is told of like any other: how many rows are set aside, of which dataset, and where."""
+    with (tmp_path / "data/old-a.jsonl").open("a") as file:
+        file.write("{\n")
+    with capture_logs() as events:
+        trained(fed, "r1")
+    counts = {event["dataset"]: event["set_aside"] for event in events if event["event"] == "core_update.rehearsed"}
+    assert counts == {"old-a": 1, "old-b": 0}
+    (record,) = map(json.loads, (fed.home / "rehearsal/old-a/set_aside.jsonl").read_text().splitlines())
+    assert (record["dataset"], record["reason"]) == ("old-a", "not JSON")
+
+
 def test_with_a_schedule_over_several_runs_the_next_one_goes_on_with_its_safeguards(fed):
     """Guards `core.schedule_steps`: run 2 begins at step 7 with what slow groups collected, and protects version 1."""
     longer = fed.config.core.model_copy(update={"schedule_steps": 40})

@@ -165,10 +165,10 @@ def test_duplicates_are_set_aside_across_datasets(tmp_path, write_jsonl, tokeniz
     assert (dataset.n_set_aside, dataset.n_bytes) == (4, sum(map(len, kept)))
     written, n = (tmp_path / "1" / "set_aside.jsonl").read_text(encoding="utf-8"), len(texts)
     assert [(r["file"], r["line"], r["reason"]) for r in map(json.loads, written.splitlines())] == [
-        ("a.jsonl", n + 1, "text is not a string"),
-        ("a.jsonl", n + 2, "text is a duplicate"),
-        ("b.jsonl", 1, "text is a duplicate"),
-        ("b.jsonl", 3, "text is a duplicate"),
+        (str(a), n + 1, "text is not a string"),
+        (str(a), n + 2, "text is a duplicate"),
+        (str(b), 1, "text is a duplicate"),
+        (str(b), 3, "text is a duplicate"),
     ]
     whole = prepare_dataset(sources, tokenizer, seq_len=16, out_dir=tmp_path / "1")
     assert whole.digest != dataset.digest
@@ -183,6 +183,24 @@ def test_seen_texts_are_those_of_a_set():
         expected = [text not in known and text not in texts[:i] for i, text in enumerate(texts)]
         assert seen.add(digests_of(texts)).tolist() == expected
         known.update(texts)
+
+
+def test_a_bad_row_is_found_by_dataset_and_by_the_file_that_has_it_now(tmp_path, tokenizer, texts):
+    """Guards two files of one name, and a file that is moved after packing: rows are cached, paths are not."""
+    sources = {name: tmp_path / name / "train.jsonl" for name in ("north", "south")}
+    for number, path in enumerate(sources.values(), start=1):
+        path.parent.mkdir()
+        path.write_text("\n".join([*map(json.dumps, rows_of(texts)), *["{"] * number]) + "\n")
+
+    def shown():
+        packed = prepare_dataset(sources, tokenizer, seq_len=16, out_dir=tmp_path / "out")
+        written = (packed.path.parent / "set_aside.jsonl").read_text(encoding="utf-8")
+        return [(r["dataset"], r["file"], r["line"]) for r in map(json.loads, written.splitlines())]
+
+    n = len(texts)
+    assert shown() == [(k, str(sources[k]), n + i) for k, i in (("north", 1), ("south", 1), ("south", 2))]
+    sources["north"] = sources["north"].rename(tmp_path / "moved.jsonl")
+    assert shown()[0] == ("north", str(tmp_path / "moved.jsonl"), n + 1)
 
 
 def write_parquet(path, columns, **options):
@@ -200,7 +218,7 @@ def test_parquet_gives_the_rows_of_the_same_jsonl(tmp_path, write_jsonl, tokeniz
     other = prepare_dataset({"a": jsonl}, tokenizer, seq_len=16, out_dir=tmp_path / "j")
     np.testing.assert_array_equal(one.tokens(), other.tokens())
     aside = [(tmp_path / name / "set_aside.jsonl").read_text(encoding="utf-8") for name in ("p", "j")]
-    assert aside[0] == aside[1].replace("a.jsonl", "a.parquet")
+    assert aside[0] == aside[1].replace(str(jsonl), str(path))
     assert one.n_set_aside == 3
 
 
@@ -226,7 +244,7 @@ def test_parquet_of_prompts_and_of_bytes_that_are_no_text(tmp_path, tokenizer):
     kept = ["p\nc"] * 20 + ["words " * 20, "more"]
     np.testing.assert_array_equal(dataset.tokens(), pack(kept, load_tokenizer(tokenizer), 16))
     written = json.loads((tmp_path / "out" / "set_aside.jsonl").read_text(encoding="utf-8"))
-    assert written == {"file": "b.parquet", "line": 2, "reason": "not UTF-8"}
+    assert written == {"dataset": "b", "file": str(torn), "line": 2, "reason": "not UTF-8"}
 
 
 def test_unusable_parquet_is_one_error(tmp_path, tokenizer, texts):
@@ -241,10 +259,11 @@ def test_unusable_parquet_is_one_error(tmp_path, tokenizer, texts):
         (tmp_path / f"{name}.parquet").write_bytes(data)
         with pytest.raises(DataError, match=message):
             prepare_dataset({"a": tmp_path / f"{name}.parquet"}, tokenizer, seq_len=16, out_dir=tmp_path / "out")
-    needs = "must have a column text, or prompt and completion, of strings, "
+    needs = "must have one column text, or prompt and completion, of strings, "
     for columns, message in (
         ({"words": ["a"]}, needs + r"got words \(string\)"),
         ({"text": [1]}, needs + r"got text \(int64\)"),
+        (pyarrow.table([["a"], ["b"]], ["text", "text"]), needs + r"got text \(string\), text \(string\)"),
         ({"text": pyarrow.array([], pyarrow.string())}, "is empty"),
     ):
         path = write_parquet(tmp_path / "b.parquet", columns)
@@ -285,8 +304,8 @@ def test_bad_records_are_set_aside_by_place_and_reason_only(tmp_path, tokenizer)
     assert dataset.n_set_aside == 6
     written = (tmp_path / "out" / "set_aside.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in written.splitlines()]
-    assert [(record["file"], record["line"]) for record in records] == [("mixed.jsonl", line) for line in range(2, 8)]
-    assert all(set(record) == {"file", "line", "reason"} for record in records)
+    assert [(record["file"], record["line"]) for record in records] == [(str(path), line) for line in range(2, 8)]
+    assert all(set(record) == {"dataset", "file", "line", "reason"} for record in records)
     assert records[0]["reason"] == "text has control characters"
     for file in (tmp_path / "out").iterdir():
         assert b"secret" not in file.read_bytes()
